@@ -1,0 +1,304 @@
+"""conv_relu_pool: y = pool(relu(conv2d(x, w) + b)).
+
+Shapes: x [N, C, H, W], w [K, C/groups, R, S], b [K]; convolution [N, K, OH, OW]; y [N, K, PH, PW].
+
+Two operations. The forward never writes the convolution's output. For the backward it saves one byte per pooled
+output (`index`, shaped and strided as y):
+  max: i * pool_w + j, where the window's first maximum stands at row i, column j; 255 where ReLU cut the window off
+  avg: bit i * pool_w + j is set where the element at row i, column j passed ReLU
+  none: as max, in a window of 1 x 1
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastarch import autocast, extension, routing
+from fastarch.ref.conv_relu_pool import conv_relu_pool as reference
+from fastarch.routing import REFERENCE, Route
+
+MAX_WINDOW = 255  # elements of a max window that one byte can number, 255 itself being taken
+AVG_WINDOW = 8  # elements of an average window that one byte can mark
+
+GEOMETRY = (
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "str pool, int[2] pool_size, int[2] pool_stride, int[2] pool_padding, bool ceil_mode"
+)
+FWD = "Tensor input, Tensor weight, Tensor? bias, " + GEOMETRY
+BWD = "Tensor grad_output, Tensor input, Tensor weight, Tensor index, " + GEOMETRY
+RESULTS = "(Tensor output, Tensor index)"
+GRADS = "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+
+torch.library.define("fastarch::conv_relu_pool_fwd", f"({FWD}, str algorithm, bool save_index) -> {RESULTS}")
+torch.library.define("fastarch::conv_relu_pool_bwd", f"({BWD}, str algorithm, bool[3] output_mask) -> {GRADS}")
+fwd = torch.ops.fastarch.conv_relu_pool_fwd.default
+bwd = torch.ops.fastarch.conv_relu_pool_bwd.default
+
+# csrc/cuda implements these two: a direct convolution for few input channels
+torch.library.define("fastarch::conv_relu_pool_direct_fwd", f"({FWD}, bool save_index) -> {RESULTS}")
+torch.library.define("fastarch::conv_relu_pool_direct_bwd", f"({BWD}, bool[3] output_mask) -> {GRADS}")
+
+
+@torch.library.impl("fastarch::conv_relu_pool_fwd", "CUDA")
+def _(input, weight, bias, *args):
+    *geometry, algorithm, save_index = args
+    if algorithm == "direct":
+        return torch.ops.fastarch.conv_relu_pool_direct_fwd(input, weight, bias, *geometry, save_index)
+    from fastarch.kernels.conv_relu_pool import conv_relu_pool_fwd  # here: a machine without Triton must import
+
+    return conv_relu_pool_fwd(input, weight, bias, *args)
+
+
+@torch.library.impl("fastarch::conv_relu_pool_bwd", "CUDA")
+def _(grad_output, input, weight, index, *args):
+    *geometry, algorithm, output_mask = args
+    if algorithm == "direct":
+        return torch.ops.fastarch.conv_relu_pool_direct_bwd(grad_output, input, weight, index, *geometry, output_mask)
+    from fastarch.kernels.conv_relu_pool import conv_relu_pool_bwd
+
+    return conv_relu_pool_bwd(grad_output, input, weight, index, *args)
+
+
+class Geometry(NamedTuple):
+    """The schema's geometry arguments, in its order."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    pool: str
+    pool_size: tuple[int, int]
+    pool_stride: tuple[int, int]
+    pool_padding: tuple[int, int]
+    ceil_mode: bool
+
+    def conv_size(self, size, kernel):
+        """[OH, OW] of a convolution over [H, W] with [R, S]."""
+        return [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(size, kernel, self.stride, self.padding, self.dilation)
+        ]
+
+    def pooled_size(self, size):
+        """[PH, PW] of a pool over [OH, OW]; with ceil_mode a window may overhang, but starts inside the (left-padded) input."""
+        pooled = []
+        for n, k, s, p in zip(size, self.pool_size, self.pool_stride, self.pool_padding):
+            windows = (n + 2 * p - k + (s - 1 if self.ceil_mode else 0)) // s + 1
+            pooled.append(windows - 1 if self.ceil_mode and (windows - 1) * s >= n + p else windows)
+        return pooled
+
+
+@torch.library.register_fake("fastarch::conv_relu_pool_fwd")
+def _(input, weight, bias, *args):
+    *geometry, algorithm, save_index = args
+    geometry = Geometry(*geometry)
+    pooled = geometry.pooled_size(geometry.conv_size(input.shape[2:], weight.shape[2:]))
+    output = input.new_empty((input.shape[0], weight.shape[0], *pooled)).contiguous(memory_format=memory_format(input))
+    index = torch.empty_like(output, dtype=torch.uint8) if save_index else output.new_empty(0, dtype=torch.uint8)
+    return output, index
+
+
+@torch.library.register_fake("fastarch::conv_relu_pool_bwd")
+def _(grad_output, input, weight, index, *args):
+    *geometry, algorithm, output_mask = args
+    want_input, want_weight, want_bias = output_mask
+    grad_input = torch.empty_like(input, memory_format=memory_format(input)) if want_input else input.new_empty(0)
+    grad_weight = weight.new_empty(weight.shape if want_weight else 0)
+    grad_bias = weight.new_empty(weight.shape[0] if want_bias else 0)
+    return grad_input, grad_weight, grad_bias
+
+
+def memory_format(input: Tensor) -> torch.memory_format:
+    """Output and gradient keep the input's: channels_last where it is laid out so and is not contiguous as well."""
+    if input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+class ConvReLUPoolFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, geometry, algorithm):
+        output, index = fwd(input, weight, bias, *geometry, algorithm, True)
+        ctx.save_for_backward(input, weight, bias, index)
+        ctx.geometry, ctx.algorithm = geometry, algorithm
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight, bias, index = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # create_graph: bwd is opaque to autograd and would lose the second derivative
+            wanted = [t for t, need in zip((input, weight, bias), needed) if need]
+            output = reference(input, weight, bias, *ctx.geometry)
+            grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+            return *(next(grads) if need else None for need in needed), None, None
+        grads = bwd(grad_output, input, weight, index, *ctx.geometry, ctx.algorithm, needed)
+        return *(grad if need else None for grad, need in zip(grads, needed)), None, None
+
+
+def route(input: Tensor, weight: Tensor, geometry: Geometry) -> Route:
+    """The algorithm that serves a call, or the reference."""
+    if reason := routing.reference_reason():
+        return Route(REFERENCE, reason)
+    if geometry.pool_size[0] * geometry.pool_size[1] > (AVG_WINDOW if geometry.pool == "avg" else MAX_WINDOW):
+        return Route(REFERENCE, "one byte of index cannot describe so large a pool window")
+    if input.device.type == "cpu":
+        return route_cpu(input, weight, geometry)
+    if input.device.type == "cuda":
+        return route_cuda(input, weight, geometry)
+    return Route(REFERENCE, f"no kernel for {input.device.type}")
+
+
+def route_cpu(input: Tensor, weight: Tensor, geometry: Geometry) -> Route:
+    if extension.cpu is None:
+        return Route(REFERENCE, "fastarch._C is not built")
+    if input.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return Route(REFERENCE, f"no CPU kernel for {input.dtype}")
+    return Route("direct", "")
+
+
+def route_cuda(input: Tensor, weight: Tensor, geometry: Geometry) -> Route:
+    if input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return Route(REFERENCE, f"no CUDA kernel for {input.dtype}")
+    return Route("implicit_gemm", "")
+
+
+def _conv_relu_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    algorithm, reason = route(input, weight, geometry)
+    routing.record("conv_relu_pool", backend(input, algorithm), reason, input=input, weight=weight)
+    if algorithm == REFERENCE:
+        return reference(input, weight, bias, *geometry)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
+        return ConvReLUPoolFunction.apply(input, weight, bias, geometry, algorithm)
+    return fwd(input, weight, bias, *geometry, algorithm, False)[0]
+
+
+def backend(input: Tensor, algorithm: str) -> str:
+    """The kernel by the name that people read in `fastarch.explain`."""
+    if algorithm == REFERENCE:
+        return REFERENCE
+    if input.device.type == "cpu":
+        return f"cpu-{extension.cpu.isa} {algorithm}"
+    return "cuda direct" if algorithm == "direct" else f"triton {algorithm}"
+
+
+def check(
+    input, weight, bias, stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode
+) -> tuple[Tensor, Geometry]:
+    """The arguments in the schema's form, or an error that says what was wanted and what came."""
+    name = "conv_relu_pool"
+    for what, t in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(t, Tensor) and not (what == "bias" and t is None):
+            raise TypeError(f"{name}: want {what} as a tensor, got {type(t).__name__}")
+        if t is not None and (t.dtype != input.dtype or t.device != input.device):
+            raise TypeError(f"{name}: input is {input.dtype} on {input.device}, {what} is {t.dtype} on {t.device}")
+    if input.dim() not in (3, 4) or weight.dim() != 4:
+        raise ValueError(
+            f"{name}: want input [N, C, H, W] or [C, H, W] and weight [K, C/groups, R, S], "
+            f"got {[*input.shape]} and {[*weight.shape]}"
+        )
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"{name}: want groups >= 1, got {groups}")
+    if weight.shape[0] % groups or input.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"{name}: want weight [K, C/groups, R, S] with K a multiple of groups = {groups} for input {[*input.shape]}, "
+            f"got weight {[*weight.shape]}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: want bias [{weight.shape[0]}], got {[*bias.shape]}")
+    if pool not in ("max", "avg", None):
+        raise ValueError(f"{name}: want pool 'max', 'avg' or None, got {pool!r}")
+
+    stride, dilation = pair(name, "stride", stride, 1), pair(name, "dilation", dilation, 1)
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"{name}: padding 'same' wants stride 1, got {stride}")
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
+        padding = (total[0] // 2, total[1] // 2)
+        if total[0] % 2 or total[1] % 2:  # torch puts the odd row and column behind
+            input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    elif padding == "valid":
+        padding = (0, 0)
+    padding = pair(name, "padding", padding, 0)
+    if pool is None:
+        geometry = Geometry(stride, padding, dilation, groups, "none", (1, 1), (1, 1), (0, 0), False)
+    else:
+        pool_size = pair(name, "pool_size", pool_size, 1)
+        pool_stride = pool_size if pool_stride is None else pair(name, "pool_stride", pool_stride, 1)
+        pool_padding = pair(name, "pool_padding", pool_padding, 0)
+        if any(2 * p > k for p, k in zip(pool_padding, pool_size)):
+            raise ValueError(f"{name}: want pool_padding of at most half of pool_size {pool_size}, got {pool_padding}")
+        geometry = Geometry(
+            stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, bool(ceil_mode)
+        )
+
+    conv = geometry.conv_size(input.shape[-2:], weight.shape[2:])
+    pooled = geometry.pooled_size(conv)
+    if min(*weight.shape, *conv, *pooled) < 1:
+        raise ValueError(
+            f"{name}: input {[*input.shape]} and weight {[*weight.shape]} with {geometry} "
+            f"leave a convolution of {conv} and an output of {pooled}"
+        )
+    return input, geometry
+
+
+def pair(name: str, what: str, value, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise ValueError(f"{name}: want {what} as one or two integers >= {least}, got {value!r}")
+    return pair
+
+
+def conv_relu_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    pool: str | None = "max",
+    pool_size: int | tuple[int, int] = 2,
+    pool_stride: int | tuple[int, int] | None = None,
+    pool_padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """y = pool(relu(conv2d(x, w) + b)), in one pass over x and with one byte saved per output.
+
+    conv[n, k, i, j] = b[k] + sum_{c, r, s} x[n, c, i stride_h + r dilation_h - padding_h, j stride_w + ...] w[k, c, r, s]
+
+    Args:
+        input: x [N, C, H, W] or [C, H, W], contiguous, channels_last or with any other strides.
+        weight: w [K, C/groups, R, S], of the input's dtype and device.
+        bias: b [K], or None for 0.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, "valid" and "same" included.
+        pool: "max", "avg" (padding counts, as in `avg_pool2d`) or None.
+        pool_size, pool_stride, pool_padding, ceil_mode: as in `max_pool2d`; pool_stride None means pool_size.
+
+    Returns:
+        y [N, K, PH, PW] (or [K, PH, PW]), channels_last if x is.
+
+    Raises:
+        ValueError: shapes that do not fit together, sizes out of range, an empty output, an unknown `pool`.
+        TypeError: arguments that are not tensors, or differ in dtype or device.
+
+    Precision: float32 and float64 compute in their own precision, bfloat16 and float16 accumulate in float32 and round
+    once, at the output. Max takes the first maximum of a window and propagates NaN, as torch does. Results are the same
+    bits from run to run and for any number of threads.
+
+    Kernels serve float32, float64, bfloat16 and float16 on CPUs (C++) and all but float64 on CUDA (Triton, CUDA C++), max
+    windows of up to 255 elements and average windows of up to 8. Everything else, torch.func transforms and derivatives
+    of second order run on the differentiable reference; `fastarch.explain` shows it.
+
+    Sources: Winograd F(2x2, 3x3): Lavin and Gray 2016, arXiv 1509.09308, section 4.1.
+    """
+    input, weight, bias = autocast.cast(input.device.type if isinstance(input, Tensor) else "cpu", input, weight, bias)
+    input, geometry = check(
+        input, weight, bias, stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode
+    )
+    if input.dim() == 3:
+        return _conv_relu_pool(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
+    return _conv_relu_pool(input, weight, bias, geometry)
