@@ -49,7 +49,7 @@ def cpu_extension() -> Extension:
         ("FASTARCH_KERNEL_FLAGS", f'"{" ".join(KERNEL_FLAGS)}"'),
         *((f"FASTARCH_BUILDS_{isa.upper()}", None) for isa in INSTRUCTION_SETS),
     ]
-    # OpenMP is compiled in but not linked: its symbols come from the runtime that torch has loaded, never from a second one.
+    # Compiled with OpenMP but not linked to it: its symbols come from the runtime torch has loaded, never a second.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     sources = [str(p) for p in sorted(Path("csrc/cpu").glob("*.cpp")) if not p.stem.endswith("_kernels")]
     return cpp_extension.CppExtension(
@@ -86,7 +86,7 @@ def kernel_object(isa: str, source: Path, folder: Path) -> str:
 
 
 def extensions() -> tuple[list[Extension], dict]:
-    """What can be built here; a machine without a compiler installs pure Python, which runs Triton and the reference."""
+    """What can be built here. A machine without a compiler installs pure Python: Triton and the reference."""
     missing = None
     if torch is None:
         missing = "torch is not installed"
@@ -101,11 +101,10 @@ def extensions() -> tuple[list[Extension], dict]:
             if ext.name == "fastarch._C":
                 folder = Path(self.build_temp) / "kernels"
                 folder.mkdir(parents=True, exist_ok=True)
-                pairs = [
-                    (isa, p, folder) for p in sorted(Path("csrc/cpu").glob("*_kernels.cpp")) for isa in INSTRUCTION_SETS
-                ]
+                sources = sorted(Path("csrc/cpu").glob("*_kernels.cpp"))
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    ext.extra_objects = list(pool.map(lambda pair: kernel_object(*pair), pairs))
+                    jobs = [pool.submit(kernel_object, isa, p, folder) for p in sources for isa in INSTRUCTION_SETS]
+                    ext.extra_objects = [job.result() for job in jobs]
             super().build_extension(ext)
 
     modules = [cpu_extension()] + ([cuda_extension()] if cuda_wanted() else [])

@@ -5,10 +5,12 @@ from torch import Tensor
 
 
 def cast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, floating tensors (float64 excepted, as in torch) in the autocast dtype; the casts are differentiable."""
+    """Under autocast: floating tensors in its dtype, float64 excepted, as in torch. The casts are differentiable."""
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
+    return tuple(t.to(dtype) if t is not None and eligible(t) else t for t in tensors)
+
+
+def eligible(t: Tensor) -> bool:
+    return t.is_floating_point() and t.dtype != torch.float64

@@ -10,7 +10,7 @@ REFERENCE = "reference"
 
 
 class Route(NamedTuple):
-    """The kernel that serves a call ("reference", or an algorithm of the operation's schema) and the rule that chose it."""
+    """What serves a call ("reference", or an algorithm of the operation's schema), and the rule that chose it."""
 
     kernel: str
     reason: str

@@ -82,7 +82,7 @@ class Geometry(NamedTuple):
         ]
 
     def pooled_size(self, size):
-        """[PH, PW] of a pool over [OH, OW]; with ceil_mode a window may overhang, but starts inside the (left-padded) input."""
+        """[PH, PW] of a pool over [OH, OW]; under ceil_mode the last window may overhang, but starts inside."""
         pooled = []
         for n, k, s, p in zip(size, self.pool_size, self.pool_stride, self.pool_padding):
             windows = (n + 2 * p - k + (s - 1 if self.ceil_mode else 0)) // s + 1
@@ -92,7 +92,7 @@ class Geometry(NamedTuple):
 
 @torch.library.register_fake("fastarch::conv_relu_pool_fwd")
 def _(input, weight, bias, *args):
-    *geometry, algorithm, save_index = args
+    *geometry, _, save_index = args
     geometry = Geometry(*geometry)
     pooled = geometry.pooled_size(geometry.conv_size(input.shape[2:], weight.shape[2:]))
     output = input.new_empty((input.shape[0], weight.shape[0], *pooled)).contiguous(memory_format=memory_format(input))
@@ -102,8 +102,7 @@ def _(input, weight, bias, *args):
 
 @torch.library.register_fake("fastarch::conv_relu_pool_bwd")
 def _(grad_output, input, weight, index, *args):
-    *geometry, algorithm, output_mask = args
-    want_input, want_weight, want_bias = output_mask
+    want_input, want_weight, want_bias = args[-1]
     grad_input = torch.empty_like(input, memory_format=memory_format(input)) if want_input else input.new_empty(0)
     grad_weight = weight.new_empty(weight.shape if want_weight else 0)
     grad_bias = weight.new_empty(weight.shape[0] if want_bias else 0)
@@ -203,8 +202,8 @@ def check(
         raise ValueError(f"{name}: want groups >= 1, got {groups}")
     if weight.shape[0] % groups or input.shape[-3] != weight.shape[1] * groups:
         raise ValueError(
-            f"{name}: want weight [K, C/groups, R, S] with K a multiple of groups = {groups} for input {[*input.shape]}, "
-            f"got weight {[*weight.shape]}"
+            f"{name}: want weight [K, C/groups, R, S], K a multiple of groups = {groups}, "
+            f"for input {[*input.shape]}, got {[*weight.shape]}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: want bias [{weight.shape[0]}], got {[*bias.shape]}")
@@ -268,7 +267,7 @@ def conv_relu_pool(
 ) -> Tensor:
     """y = pool(relu(conv2d(x, w) + b)), in one pass over x and with one byte saved per output.
 
-    conv[n, k, i, j] = b[k] + sum_{c, r, s} x[n, c, i stride_h + r dilation_h - padding_h, j stride_w + ...] w[k, c, r, s]
+    conv[n, k, i, j] = b[k] + sum_{c, r, s} x[n, c, i stride_h + r dilation_h - padding_h, ...] w[k, c, r, s]
 
     Args:
         input: x [N, C, H, W] or [C, H, W], contiguous, channels_last or with any other strides.
@@ -289,9 +288,9 @@ def conv_relu_pool(
     once, at the output. Max takes the first maximum of a window and propagates NaN, as torch does. Results are the same
     bits from run to run and for any number of threads.
 
-    Kernels serve float32, float64, bfloat16 and float16 on CPUs (C++) and all but float64 on CUDA (Triton, CUDA C++), max
-    windows of up to 255 elements and average windows of up to 8. Everything else, torch.func transforms and derivatives
-    of second order run on the differentiable reference; `fastarch.explain` shows it.
+    Kernels serve float32, float64, bfloat16 and float16 on CPUs (C++), all but float64 on CUDA (Triton, CUDA C++), and
+    max windows of up to 255 elements, average windows of up to 8. Everything else, torch.func transforms and
+    derivatives of second order run on the differentiable reference; `fastarch.explain` shows it.
 
     Sources: Winograd F(2x2, 3x3): Lavin and Gray 2016, arXiv 1509.09308, section 4.1.
     """
