@@ -1,6 +1,5 @@
 // fastarch._C: how the extension was built, and which instruction set was chosen.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "cpu/isa.h"
 
@@ -12,6 +11,6 @@ PYBIND11_MODULE(_C, module) {
   module.attr("compiler") = "gcc " __VERSION__;
 #endif
   module.attr("flags") = FASTARCH_KERNEL_FLAGS;
-  module.attr("isas") = fastarch::built_isas();
+  module.attr("isas") = pybind11::str(fastarch::built_isas()).attr("split")();
   module.attr("isa") = fastarch::isa_name(fastarch::isa());
 }

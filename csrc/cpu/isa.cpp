@@ -1,10 +1,10 @@
 #include "cpu/isa.h"
 
-#include <ATen/Version.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <string>
 
 namespace fastarch {
 namespace {
@@ -55,11 +55,11 @@ const char* isa_name(Isa isa) {
   }
 }
 
-std::vector<std::string> built_isas() {
+const char* built_isas() {
 #if defined(FASTARCH_BUILDS_AVX512)
-  return {"generic", "avx2", "avx512"};
+  return "generic avx2 avx512";
 #else
-  return {"generic"};
+  return "generic";
 #endif
 }
 

@@ -1,0 +1,47 @@
+// conv_relu_pool on CPUs: what the torch side and the kernels, which know no torch, agree on.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/isa.h"
+
+struct Strides4 {
+  int64_t n, c, h, w;
+};
+
+// y = pool(relu(conv2d(x, w) + b)), group by group. All extents and strides count elements.
+struct ConvReluPool {
+  int64_t N, G;            // batch, groups
+  int64_t C, H, W;         // input channels of one group, rows, columns
+  int64_t K, R, S;         // output channels of one group, filter rows, columns
+  int64_t OH, OW, PH, PW;  // rows and columns of the convolution and of the pooled output
+  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int64_t pool_h, pool_w, pool_stride_h, pool_stride_w, pool_padding_h, pool_padding_w;
+  bool average;
+  Strides4 x, y, index;  // of the input or its gradient, of the output or its gradient, of the index
+  int64_t threads;       // for how many the work is to be cut; no result depends on it
+};
+
+// What stands in the index of a max window that ReLU cut off.
+constexpr int CUT = 255;
+
+enum ElementType { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, ELEMENT_TYPES };
+
+// A forward algorithm for one element type. The caller allocates `packed` and one `scratch` per thread, runs all pack
+// tasks, then all tasks, in any order and on any threads. index == nullptr: not wanted.
+struct ConvReluPoolFwd {
+  int64_t (*packed_bytes)(const ConvReluPool&);
+  int64_t (*pack_tasks)(const ConvReluPool&);
+  void (*pack)(const ConvReluPool&, const void* weight, const void* bias, void* packed, int64_t task);
+  int64_t (*scratch_bytes)(const ConvReluPool&);
+  int64_t (*tasks)(const ConvReluPool&);
+  void (*run)(const ConvReluPool&, const void* x, const void* packed, void* y, uint8_t* index, int64_t task,
+              void* scratch);
+};
+struct ConvReluPoolFwds {
+  ConvReluPoolFwd of[ELEMENT_TYPES];
+};
+
+FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_direct);    // any convolution
+FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_winograd);  // 3x3, stride 1, dilation 1; max pool 2x2 or none
+FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_library);   // x is a finished convolution [N, OH, OW, G * K]

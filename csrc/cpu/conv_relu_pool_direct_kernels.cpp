@@ -1,0 +1,134 @@
+// conv_relu_pool, directly: conv[i, j, k] = b[k] + sum_{r, s, c} x[i, j; r, s, c] w[r, s, c; k], pooled before it leaves.
+//
+// A task is a band of pooled rows of one image. Its input lies in a padded channels-last tile, where a filter row (s, c)
+// is one run; blocks of positions x channels accumulate in registers, rows of the convolution go through the pool's ring.
+#include "cpu/conv_relu_pool_tile.h"
+#include "cpu/conv_relu_pool_window.h"
+#include "cpu/product.h"
+
+namespace {
+
+constexpr int64_t TILE_BYTES = 768 << 10;  // of input in one band: most of a 1 MB second-level cache
+
+template <class Storage>
+struct Direct {
+  using T = Compute<Storage>;
+  static constexpr int L = LANES<T>;
+
+  // Packed: per group, filters [vector of channels k][r, s, c][lane], then the bias [vector of channels][lane].
+  static int64_t taps(const ConvReluPool& p) { return p.R * p.S * p.C; }
+  static int64_t vectors(const ConvReluPool& p) { return ceil_div(p.K, L); }
+  static int64_t group_elements(const ConvReluPool& p) { return vectors(p) * L * (taps(p) + 1); }
+  static int64_t packed_bytes(const ConvReluPool& p) { return p.G * group_elements(p) * sizeof(T); }
+  static int64_t pack_tasks(const ConvReluPool& p) { return p.G * vectors(p); }
+
+  static void pack(const ConvReluPool& p, const void* weight, const void* bias, void* packed, int64_t task) {
+    const int64_t group = task / vectors(p), vector = task % vectors(p), k0 = vector * L, live = least(L, p.K - k0);
+    T* filters = static_cast<T*>(packed) + group * group_elements(p);
+    const Storage* from = static_cast<const Storage*>(weight) + (group * p.K + k0) * taps(p);  // [k][c][r, s]
+    T* to = filters + k0 * taps(p);
+    if (live < L) memset(to, 0, taps(p) * L * sizeof(T));
+    for (int64_t c = 0; c < p.C; c++) {
+      copy_block(to + c * L, {p.C * L, 1}, from + c * p.R * p.S, {1, taps(p)}, p.R * p.S, live);
+    }
+    T* b = filters + vectors(p) * L * taps(p) + k0;
+    for (int64_t k = 0; k < L; k++) {
+      b[k] = bias && k < live ? Convert<T, Storage>::from(static_cast<const Storage*>(bias)[group * p.K + k0 + k]) : T(0);
+    }
+  }
+
+  static int64_t tile_columns(const ConvReluPool& p) { return (p.OW - 1) * p.stride_w + (p.S - 1) * p.dilation_w + 1; }
+  static int64_t tile_rows(const ConvReluPool& p, int64_t conv_rows) {
+    return (conv_rows - 1) * p.stride_h + (p.R - 1) * p.dilation_h + 1;
+  }
+  static int64_t conv_rows(const ConvReluPool& p, int64_t pooled_rows) {
+    return least(p.OH, (pooled_rows - 1) * p.pool_stride_h + p.pool_h);
+  }
+  // Pooled rows of one task: as many as the tile holds, fewer if that leaves threads without work.
+  static int64_t band(const ConvReluPool& p) {
+    const int64_t row_bytes = tile_columns(p) * p.C * sizeof(T);
+    int64_t bands = ceil_div(2 * p.threads, p.N * p.G);
+    while (bands < p.PH && tile_rows(p, conv_rows(p, ceil_div(p.PH, bands))) * row_bytes > TILE_BYTES) bands++;
+    return ceil_div(p.PH, least(bands, p.PH));
+  }
+  static int64_t bands(const ConvReluPool& p) { return ceil_div(p.PH, band(p)); }
+  static int64_t tasks(const ConvReluPool& p) { return p.N * p.G * bands(p); }
+  static int64_t tile_elements(const ConvReluPool& p) {
+    return ceil_div(tile_rows(p, conv_rows(p, band(p))) * tile_columns(p) * p.C, L) * L;
+  }
+  static int64_t scratch_bytes(const ConvReluPool& p) {
+    return (tile_elements(p) + pool_rows_scratch<T>(p, 2 * L)) * sizeof(T);
+  }
+
+  // ROWS positions of one row of the convolution, V vectors of channels: out [ROWS][V * L].
+  template <int ROWS, int V>
+  static void convolve_block(const ConvReluPool& p, const T* tile, int64_t tile_row, const T* w, const T* bias, T* out) {
+    const Runs runs(p, p.C);
+    Vec<T> acc[ROWS][V];
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) acc[i][v] = load(bias + v * L);
+    }
+    for (int64_t run = 0; run < runs.count; run++) {
+      multiply_add<ROWS, V, T>(acc, tile + runs.offset(p, run, tile_row, p.C), p.stride_w * p.C,
+                               w + run * runs.length * L, taps(p) * L, runs.length);
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) store(out + (i * V + v) * L, acc[i][v]);
+    }
+  }
+
+  template <int V, int ROWS = PRODUCT_ROWS>
+  static auto block_of(int64_t rows) {
+    if constexpr (ROWS > 1) {
+      if (rows < ROWS) return block_of<V, ROWS - 1>(rows);
+    }
+    return &convolve_block<ROWS, V>;
+  }
+
+  template <int V, class Pool>
+  static void run_vectors(const ConvReluPool& p, int64_t begin, int64_t end, const T* tile, int64_t top, const T* w,
+                          const T* bias, int64_t live, T* scratch, Storage* y, uint8_t* index) {
+    const int64_t tile_row = tile_columns(p) * p.C;
+    const auto convolve = [&](int64_t row, T* to) {
+      const T* from = tile + (row * p.stride_h - top) * tile_row;
+      for (int64_t i = 0, n; i < p.OW; i += n) {
+        n = balanced_rows(p.OW - i);
+        block_of<V>(n)(p, from + i * p.stride_w * p.C, tile_row, w, bias, to + i * V * L);
+      }
+    };
+    pool_rows<Pool>(p, begin, end, V * L, live, convolve, scratch, y, index);
+  }
+
+  static void run(const ConvReluPool& p, const void* x, const void* packed, void* y, uint8_t* index, int64_t task,
+                  void* scratch) {
+    const int64_t n = task / (p.G * bands(p)), group = task / bands(p) % p.G, begin = task % bands(p) * band(p);
+    const int64_t end = least(begin + band(p), p.PH);
+    const int64_t top = window_h(p, begin).begin * p.stride_h;
+    const int64_t rows = tile_rows(p, window_h(p, end - 1).end - window_h(p, begin).begin);
+    T* tile = static_cast<T*>(scratch);
+    load_tile<Storage>(p, static_cast<const Storage*>(x) + n * p.x.n + group * p.C * p.x.c, top, 0, rows,
+                       tile_columns(p), p.C, p.C, tile);
+
+    const T* filters = static_cast<const T*>(packed) + group * group_elements(p);
+    const T* bias = filters + vectors(p) * L * taps(p);
+    for (int64_t k = 0; k < p.K; k += 2 * L) {
+      const int64_t live = least(2 * L, p.K - k), channel = group * p.K + k;
+      Storage* to = static_cast<Storage*>(y) + n * p.y.n + channel * p.y.c;
+      uint8_t* at = index ? index + n * p.index.n + channel * p.index.c : nullptr;
+      const auto go = live > L ? (p.average ? run_vectors<2, Average<T>> : run_vectors<2, Max<T>>)
+                               : (p.average ? run_vectors<1, Average<T>> : run_vectors<1, Max<T>>);
+      go(p, begin, end, tile, top, filters + k * taps(p), bias + k, live, tile + tile_elements(p), to, at);
+    }
+  }
+
+  static constexpr ConvReluPoolFwd table = {packed_bytes, pack_tasks, pack, scratch_bytes, tasks, run};
+};
+
+}  // namespace
+
+FASTARCH_EXPORT(ConvReluPoolFwds, conv_relu_pool_direct) = {
+    {Direct<float>::table, Direct<double>::table, Direct<BFloat16>::table, Direct<Float16>::table}};

@@ -1,0 +1,259 @@
+// conv_relu_pool of 3x3 filters by Winograd's F(2x2, 3x3): with 16 products instead of 36 a tile of 4x4 inputs d gives
+// the 2x2 convolutions Y = A' [(G g G') . (B' d B)] A, which are just one window of a 2x2 pool.
+// Lavin and Gray 2016, arXiv 1509.09308, section 4.1.
+//
+// A task is a block of tiles: its inputs are transformed once, then for every block of output channels the 16 products
+// over the input channels run in registers and their results are transformed, pooled and written from the cache.
+#include "cpu/conv_relu_pool_tile.h"
+#include "cpu/conv_relu_pool_window.h"
+#include "cpu/product.h"
+
+namespace {
+
+constexpr int POINTS = 16;                   // products per tile
+constexpr int64_t INPUTS_BYTES = 512 << 10;  // of transformed inputs in one task: half of a 1 MB second-level cache
+
+// B' d for one column of d.
+template <class V>
+FASTARCH_INLINE void transform_input(const V d[4], V t[4]) {
+  t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
+}
+
+// G g for one column of g.
+template <class V>
+FASTARCH_INLINE void transform_filter(V g0, V g1, V g2, V t[4]) {
+  const V even = (g0 + g2) / 2, odd = g1 / 2;
+  t[0] = g0, t[1] = even + odd, t[2] = even - odd, t[3] = g2;
+}
+
+// A' m for one column of m.
+template <class V>
+FASTARCH_INLINE void transform_output(V m0, V m1, V m2, V m3, V t[2]) {
+  t[0] = m0 + m1 + m2, t[1] = m1 - m2 - m3;
+}
+
+template <class Storage>
+struct Winograd {
+  using T = Compute<Storage>;
+  static constexpr int L = LANES<T>;
+
+  // Packed: per group, filters [vector of channels k][point][c][lane], then the bias [vector of channels][lane].
+  static int64_t vectors(const ConvReluPool& p) { return ceil_div(p.K, L); }
+  static int64_t filter_elements(const ConvReluPool& p) { return vectors(p) * POINTS * p.C * L; }
+  static int64_t group_elements(const ConvReluPool& p) { return filter_elements(p) + vectors(p) * L; }
+  static int64_t packed_bytes(const ConvReluPool& p) { return p.G * group_elements(p) * sizeof(T); }
+  static int64_t pack_tasks(const ConvReluPool& p) { return p.G * vectors(p); }
+
+  static void pack(const ConvReluPool& p, const void* weight, const void* bias, void* packed, int64_t task) {
+    const int64_t group = task / vectors(p), vector = task % vectors(p), k0 = vector * L, live = least(L, p.K - k0);
+    T* group_start = static_cast<T*>(packed) + group * group_elements(p);
+    const Storage* from = static_cast<const Storage*>(weight) + (group * p.K + k0) * p.C * 9;  // [k][c][3][3]
+    T* to = group_start + vector * POINTS * p.C * L;
+    constexpr int64_t CHUNK = 16;
+    T taps[CHUNK * 9 * L] = {};  // [c][3][3][lane]
+    for (int64_t c0 = 0; c0 < p.C; c0 += CHUNK) {
+      const int64_t channels = least(CHUNK, p.C - c0);
+      copy_block(taps, {L, 1}, from + c0 * 9, {1, p.C * 9}, channels * 9, live);
+      for (int64_t c = 0; c < channels; c++) {
+        const T* g = taps + c * 9 * L;
+        Vec<T> columns[3][4];  // G g
+        for (int s = 0; s < 3; s++) {
+          transform_filter(load(g + s * L), load(g + (3 + s) * L), load(g + (6 + s) * L), columns[s]);
+        }
+        for (int i = 0; i < 4; i++) {
+          Vec<T> u[4];
+          transform_filter(columns[0][i], columns[1][i], columns[2][i], u);
+          for (int j = 0; j < 4; j++) store(to + ((4 * i + j) * p.C + c0 + c) * L, u[j]);
+        }
+      }
+    }
+    T* b = group_start + filter_elements(p) + k0;
+    for (int64_t k = 0; k < L; k++) {
+      b[k] = bias && k < live ? Convert<T, Storage>::from(static_cast<const Storage*>(bias)[group * p.K + k0 + k]) : T(0);
+    }
+  }
+
+  // Tiles: one per pooled output, or covering the convolution where nothing is pooled.
+  static bool pooled(const ConvReluPool& p) { return p.pool_h == 2; }
+  static int64_t tile_rows(const ConvReluPool& p) { return pooled(p) ? p.PH : ceil_div(p.OH, 2); }
+  static int64_t tile_columns(const ConvReluPool& p) { return pooled(p) ? p.PW : ceil_div(p.OW, 2); }
+  static int64_t tiles(const ConvReluPool& p) { return p.N * tile_rows(p) * tile_columns(p); }
+  static int64_t slices(const ConvReluPool& p) { return ceil_div(p.C, L); }  // vectors of input channels
+
+  // Tiles of one task.
+  static int64_t block(const ConvReluPool& p) {
+    const int64_t fitting = INPUTS_BYTES / (POINTS * slices(p) * L * int64_t(sizeof(T)));
+    const int64_t shared = ceil_div(tiles(p) * p.G, 2 * p.threads);
+    return PRODUCT_ROWS * most(1, least(least(fitting, shared), 4 * PRODUCT_ROWS) / PRODUCT_ROWS);
+  }
+  static int64_t blocks(const ConvReluPool& p) { return ceil_div(tiles(p), block(p)); }
+  static int64_t tasks(const ConvReluPool& p) { return p.G * blocks(p); }
+
+  // Scratch: inputs [slice][point][tile][lane] | products [point][tile][2 lanes] | a strip of input, later the outputs.
+  static int64_t inputs_elements(const ConvReluPool& p) { return slices(p) * POINTS * block(p) * L; }
+  static int64_t products_elements(const ConvReluPool& p) { return POINTS * block(p) * 2 * L; }
+  static int64_t strip_elements(const ConvReluPool& p) { return 4 * (2 * block(p) + 2) * L; }
+  static int64_t outputs_elements(const ConvReluPool& p) { return 4 * block(p) * 2 * L; }
+  static int64_t scratch_bytes(const ConvReluPool& p) {
+    const int64_t last = most(strip_elements(p), 2 * outputs_elements(p));
+    return (inputs_elements(p) + products_elements(p) + last) * sizeof(T);
+  }
+
+  // Tiles of one row of tiles, within a block.
+  struct Segment {
+    int64_t n, row, column, first, count;
+  };
+  template <class Visit>
+  static void segments(const ConvReluPool& p, int64_t begin, int64_t end, Visit visit) {
+    for (int64_t t = begin; t < end;) {
+      const int64_t column = t % tile_columns(p), row = t / tile_columns(p);
+      const int64_t count = least(tile_columns(p) - column, end - t);
+      visit(Segment{row / tile_rows(p), row % tile_rows(p), column, t - begin, count});
+      t += count;
+    }
+  }
+
+  // B' d B of every tile of a segment; x points to the group's first channel of the image.
+  static void transform_inputs(const ConvReluPool& p, const Segment& s, const Storage* x, T* strip, T* inputs) {
+    const int64_t columns = 2 * s.count + 2, step = block(p) * L;  // between points
+    for (int64_t slice = 0; slice < slices(p); slice++) {
+      const int64_t live = least(L, p.C - slice * L);
+      load_tile<Storage>(p, x + slice * L * p.x.c, 2 * s.row, 2 * s.column, 4, columns, L, live, strip);
+      const auto column = [&](int64_t j, Vec<T> t[4]) {  // B' d for column j of the strip
+        Vec<T> d[4];
+        for (int i = 0; i < 4; i++) d[i] = load(strip + (i * columns + j) * L);
+        transform_input(d, t);
+      };
+      Vec<T> t[4][4];  // the tile's columns; two of them are also the next tile's
+      column(0, t[0]);
+      column(1, t[1]);
+      T* to = inputs + slice * POINTS * step + s.first * L;
+      for (int64_t tile = 0; tile < s.count; tile++, to += L) {
+        column(2 * tile + 2, t[2]);
+        column(2 * tile + 3, t[3]);
+        for (int i = 0; i < 4; i++) {
+          const Vec<T> row[4] = {t[0][i], t[1][i], t[2][i], t[3][i]};
+          Vec<T> v[4];
+          transform_input(row, v);
+          for (int j = 0; j < 4; j++) store(to + (4 * i + j) * step, v[j]);
+          t[0][i] = t[2][i], t[1][i] = t[3][i];
+        }
+      }
+    }
+  }
+
+  // One point's products for ROWS tiles and V vectors of output channels: products [ROWS][V * L].
+  template <int ROWS, int V>
+  static void multiply_block(const ConvReluPool& p, const T* inputs, const T* filters, T* products) {
+    Vec<T> acc[ROWS][V] = {};
+    for (int64_t slice = 0; slice < slices(p); slice++) {
+      multiply_add<ROWS, V, T>(acc, inputs + slice * POINTS * block(p) * L, L, filters + slice * L * L,
+                               POINTS * p.C * L, least(L, p.C - slice * L));
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) store(products + (i * V + v) * L, acc[i][v]);
+    }
+  }
+
+  template <int V, int ROWS = PRODUCT_ROWS>
+  static auto block_of(int64_t rows) {
+    if constexpr (ROWS > 1) {
+      if (rows < ROWS) return block_of<V, ROWS - 1>(rows);
+    }
+    return &multiply_block<ROWS, V>;
+  }
+
+  // A' m A, bias, ReLU and pool of every tile of a segment, for V vectors of output channels, `live` of them real.
+  template <class Pool, int V>
+  static void transform_outputs(const ConvReluPool& p, const Segment& s, const T* products, const T* bias, int64_t live,
+                                T* value, Storage* y, uint8_t* index) {
+    constexpr int64_t WIDTH = V * L;
+    const int64_t columns = pooled(p) ? s.count : 2 * s.count, step = block(p) * WIDTH;  // between points
+    auto* at = reinterpret_cast<IntOf<T>*>(value + outputs_elements(p));
+    for (int64_t tile = 0; tile < s.count; tile++) {
+      for (int v = 0; v < V; v++) {
+        const T* m = products + (s.first + tile) * WIDTH + v * L;
+        Vec<T> rows[4][2];  // A' m
+        for (int j = 0; j < 4; j++) {
+          transform_output(load(m + j * step), load(m + (4 + j) * step), load(m + (8 + j) * step),
+                           load(m + (12 + j) * step), rows[j]);
+        }
+        const Vec<T> b = load(bias + v * L);
+        Pool window;
+        for (int i = 0; i < 2; i++) {
+          Vec<T> conv[2];
+          transform_output(rows[0][i], rows[1][i], rows[2][i], rows[3][i], conv);
+          for (int j = 0; j < 2; j++) {
+            if (pooled(p)) {
+              window.take(conv[j] + b, 2 * i + j);
+            } else {
+              Max<T> alone;
+              alone.take(conv[j] + b, 0);
+              store(value + (i * columns + 2 * tile + j) * WIDTH + v * L, alone.value);
+              store(at + (i * columns + 2 * tile + j) * WIDTH + v * L, alone.index);
+            }
+          }
+        }
+        if (pooled(p)) {
+          window.finish(4);
+          store(value + tile * WIDTH + v * L, window.value);
+          store(at + tile * WIDTH + v * L, window.index);
+        }
+      }
+    }
+    const int64_t scale = pooled(p) ? 1 : 2, left = scale * s.column, width = least(columns, p.PW - left);
+    for (int64_t i = 0; i < scale && scale * s.row + i < p.PH; i++) {
+      const int64_t h = scale * s.row + i;
+      copy_block(y + h * p.y.h + left * p.y.w, {p.y.w, p.y.c}, value + i * columns * WIDTH, {WIDTH, 1}, width, live);
+      if (index) {
+        copy_block(index + h * p.index.h + left * p.index.w, {p.index.w, p.index.c}, at + i * columns * WIDTH, {WIDTH, 1},
+                   width, live);
+      }
+    }
+  }
+
+  template <int V>
+  static void run_vectors(const ConvReluPool& p, int64_t begin, int64_t end, const T* inputs, const T* filters,
+                          const T* bias, int64_t live, T* products, Storage* y, uint8_t* index) {
+    for (int point = 0; point < POINTS; point++) {
+      for (int64_t t = 0, n; t < end - begin; t += n) {
+        n = balanced_rows(end - begin - t);
+        block_of<V>(n)(p, inputs + (point * block(p) + t) * L, filters + point * p.C * L,
+                       products + (point * block(p) + t) * V * L);
+      }
+    }
+    T* value = products + products_elements(p);
+    segments(p, begin, end, [&](const Segment& s) {
+      (p.average ? transform_outputs<Average<T>, V> : transform_outputs<Max<T>, V>)(
+          p, s, products, bias, live, value, y + s.n * p.y.n, index ? index + s.n * p.index.n : nullptr);
+    });
+  }
+
+  static void run(const ConvReluPool& p, const void* x, const void* packed, void* y, uint8_t* index, int64_t task,
+                  void* scratch) {
+    const int64_t group = task / blocks(p), begin = task % blocks(p) * block(p), end = least(begin + block(p), tiles(p));
+    T* inputs = static_cast<T*>(scratch);
+    T* products = inputs + inputs_elements(p);
+    segments(p, begin, end, [&](const Segment& s) {
+      const Storage* image = static_cast<const Storage*>(x) + s.n * p.x.n + group * p.C * p.x.c;
+      transform_inputs(p, s, image, products + products_elements(p), inputs);
+    });
+    const T* filters = static_cast<const T*>(packed) + group * group_elements(p);
+    const T* bias = filters + filter_elements(p);
+    for (int64_t k = 0; k < p.K; k += 2 * L) {
+      const int64_t live = least(2 * L, p.K - k), channel = group * p.K + k;
+      (live > L ? run_vectors<2> : run_vectors<1>)(
+          p, begin, end, inputs, filters + k * POINTS * p.C, bias + k, live, products,
+          static_cast<Storage*>(y) + channel * p.y.c, index ? index + channel * p.index.c : nullptr);
+    }
+  }
+
+  static constexpr ConvReluPoolFwd table = {packed_bytes, pack_tasks, pack, scratch_bytes, tasks, run};
+};
+
+}  // namespace
+
+FASTARCH_EXPORT(ConvReluPoolFwds, conv_relu_pool_winograd) = {
+    {Winograd<float>::table, Winograd<double>::table, Winograd<BFloat16>::table, Winograd<Float16>::table}};

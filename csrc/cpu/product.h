@@ -1,0 +1,34 @@
+// The register-blocked product that every matrix-like kernel ends in.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace {
+
+// Rows of the largest block: with 2 vectors of columns its accumulators, their two factors and a broadcast fill the
+// registers (24 + 2 + 1 of 32, or 12 + 2 + 1 of 16).
+constexpr int PRODUCT_ROWS = VECTOR_REGISTERS == 32 ? 12 : 6;
+
+// acc[p][v] += sum_i x[p * x_step + i] * w[v * w_step + i * L .. + L], i < n: the rows p broadcast against vectors v.
+template <int P, int V, class T>
+FASTARCH_INLINE void multiply_add(Vec<T> (&acc)[P][V], const T* x, int64_t x_step, const T* w, int64_t w_step,
+                                  int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    Vec<T> factor[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) factor[v] = load(w + v * w_step + i * LANES<T>);
+#pragma GCC unroll 12
+    for (int p = 0; p < P; p++) {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) acc[p][v] += factor[v] * x[p * x_step + i];
+    }
+  }
+}
+
+// Rows of the next block when n are left: blocks of nearly equal size, since a small one cannot hide the latency.
+FASTARCH_INLINE int64_t balanced_rows(int64_t n) {
+  const int64_t blocks = (n + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+  return (n + blocks - 1) / blocks;
+}
+
+}  // namespace
