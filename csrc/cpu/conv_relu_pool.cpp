@@ -8,6 +8,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <array>
+
 #include "cpu/memory.h"
 
 namespace fastarch {
@@ -153,8 +155,56 @@ std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& wei
   return {y, index};
 }
 
+std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& index,
+                                                      IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                                      std::string_view pool, IntArrayRef pool_size, IntArrayRef pool_stride,
+                                                      IntArrayRef pool_padding, bool ceil_mode, std::string_view, std::array<bool, 3> wanted) {
+  ConvReluPool p = problem(x, weight, {stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode});
+  const ElementType type = element_type(x);
+  const std::array<int64_t, 4> output{p.N, p.G * p.K, p.PH, p.PW};
+  TORCH_CHECK_VALUE(dy.sizes() == IntArrayRef(output) && index.sizes() == IntArrayRef(output), "conv_relu_pool: want grad_output and index ", IntArrayRef(output), ", got ", dy.sizes(),
+                    " and ", index.sizes());
+  TORCH_CHECK_TYPE(dy.scalar_type() == x.scalar_type() && index.scalar_type() == at::kByte, "conv_relu_pool: input is ", x.scalar_type(),
+                   ", grad_output is ", dy.scalar_type(), ", index is ", index.scalar_type());
+  const auto [want_x, want_weight, want_bias] = wanted;
+  const auto fresh = [&](bool want, IntArrayRef sizes, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+    return advise_huge_pages(want ? at::empty(sizes, x.options(), format) : at::empty({0}, x.options()));
+  };
+  const Tensor dx = fresh(want_x, x.sizes(), memory_format(x));
+  const Tensor dw = fresh(want_weight, weight.sizes()), db = fresh(want_bias, {weight.size(0)});
+  if (dy.numel() == 0) return {dx, dw.zero_(), db.zero_()};
+  p.y = strides_of(dy), p.index = strides_of(index);
+
+  if (want_weight || want_bias) {
+    p.x = strides_of(x);
+    const ConvReluPoolBwdWeight& kernel = FASTARCH_SELECT(conv_relu_pool_bwd_weight).of[type];
+    const Tensor sums = advise_huge_pages(at::empty({kernel.sums_bytes(p)}, x.options().dtype(at::kByte)));
+    parallel(kernel.tasks(p), kernel.scratch_bytes(p), operations(p), [&](int64_t task, void* scratch) {
+      kernel.run(p, x.const_data_ptr(), dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), sums.data_ptr(), task, scratch);
+    });
+    parallel(p.G * p.K, 0, 16.0 * weight.numel(), [&](int64_t channel, void*) {
+      kernel.finish(p, sums.data_ptr(), want_weight ? dw.data_ptr() : nullptr, want_bias ? db.data_ptr() : nullptr, channel);
+    });
+  }
+  if (want_x) {
+    p.x = strides_of(dx);
+    const ConvReluPoolBwdInput& kernel = FASTARCH_SELECT(conv_relu_pool_bwd_input).of[type];
+    const Tensor filters = weight.contiguous();
+    const Tensor packed = advise_huge_pages(at::empty({kernel.packed_bytes(p)}, x.options().dtype(at::kByte)));
+    parallel(kernel.pack_tasks(p), 0, 16.0 * weight.numel(),
+             [&](int64_t task, void*) { kernel.pack(p, filters.const_data_ptr(), packed.data_ptr(), task); });
+    parallel(kernel.tasks(p), kernel.scratch_bytes(p), operations(p), [&](int64_t task, void* scratch) {
+      kernel.run(p, packed.data_ptr(), dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), dx.data_ptr(), task, scratch);
+    });
+  }
+  return {dx, dw, db};
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastarch, CPU, m) { m.impl("conv_relu_pool_fwd", conv_relu_pool_fwd); }
+TORCH_LIBRARY_IMPL(fastarch, CPU, m) {
+  m.impl("conv_relu_pool_fwd", conv_relu_pool_fwd);
+  m.impl("conv_relu_pool_bwd", conv_relu_pool_bwd);
+}
 
 }  // namespace fastarch

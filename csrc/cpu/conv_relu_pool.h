@@ -42,6 +42,35 @@ struct ConvReluPoolFwds {
   ConvReluPoolFwd of[ELEMENT_TYPES];
 };
 
+// The gradients of weight and bias: all tasks, then finish for each of the G * K output channels. dw is contiguous.
+struct ConvReluPoolBwdWeight {
+  int64_t (*sums_bytes)(const ConvReluPool&);
+  int64_t (*scratch_bytes)(const ConvReluPool&);
+  int64_t (*tasks)(const ConvReluPool&);
+  void (*run)(const ConvReluPool&, const void* x, const void* dy, const uint8_t* index, void* sums, int64_t task,
+              void* scratch);
+  void (*finish)(const ConvReluPool&, void* sums, void* dw, void* db, int64_t channel);
+};
+struct ConvReluPoolBwdWeights {
+  ConvReluPoolBwdWeight of[ELEMENT_TYPES];
+};
+
+// The gradient of the input: all pack tasks, then all tasks.
+struct ConvReluPoolBwdInput {
+  int64_t (*packed_bytes)(const ConvReluPool&);
+  int64_t (*pack_tasks)(const ConvReluPool&);
+  void (*pack)(const ConvReluPool&, const void* weight, void* packed, int64_t task);
+  int64_t (*scratch_bytes)(const ConvReluPool&);
+  int64_t (*tasks)(const ConvReluPool&);
+  void (*run)(const ConvReluPool&, const void* packed, const void* dy, const uint8_t* index, void* dx, int64_t task,
+              void* scratch);
+};
+struct ConvReluPoolBwdInputs {
+  ConvReluPoolBwdInput of[ELEMENT_TYPES];
+};
+
 FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_direct);    // any convolution
 FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_winograd);  // 3x3, stride 1, dilation 1; max pool 2x2 or none
 FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_library);   // x is a finished convolution [N, OH, OW, G * K]
+FASTARCH_DECLARE(ConvReluPoolBwdWeights, conv_relu_pool_bwd_weight);
+FASTARCH_DECLARE(ConvReluPoolBwdInputs, conv_relu_pool_bwd_input);

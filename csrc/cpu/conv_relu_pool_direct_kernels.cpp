@@ -37,24 +37,21 @@ struct Direct {
     }
   }
 
-  static int64_t tile_columns(const ConvReluPool& p) { return (p.OW - 1) * p.stride_w + (p.S - 1) * p.dilation_w + 1; }
-  static int64_t tile_rows(const ConvReluPool& p, int64_t conv_rows) {
-    return (conv_rows - 1) * p.stride_h + (p.R - 1) * p.dilation_h + 1;
-  }
-  static int64_t conv_rows(const ConvReluPool& p, int64_t pooled_rows) {
-    return least(p.OH, (pooled_rows - 1) * p.pool_stride_h + p.pool_h);
+  static int64_t tile_columns(const ConvReluPool& p) { return columns_under(p, p.OW); }
+  static int64_t tile_rows(const ConvReluPool& p, int64_t pooled_rows) {
+    return rows_under(p, least(p.OH, (pooled_rows - 1) * p.pool_stride_h + p.pool_h));
   }
   // Pooled rows of one task: as many as the tile holds, fewer if that leaves threads without work.
   static int64_t band(const ConvReluPool& p) {
     const int64_t row_bytes = tile_columns(p) * p.C * sizeof(T);
     int64_t bands = ceil_div(2 * p.threads, p.N * p.G);
-    while (bands < p.PH && tile_rows(p, conv_rows(p, ceil_div(p.PH, bands))) * row_bytes > TILE_BYTES) bands++;
+    while (bands < p.PH && tile_rows(p, ceil_div(p.PH, bands)) * row_bytes > TILE_BYTES) bands++;
     return ceil_div(p.PH, least(bands, p.PH));
   }
   static int64_t bands(const ConvReluPool& p) { return ceil_div(p.PH, band(p)); }
   static int64_t tasks(const ConvReluPool& p) { return p.N * p.G * bands(p); }
   static int64_t tile_elements(const ConvReluPool& p) {
-    return ceil_div(tile_rows(p, conv_rows(p, band(p))) * tile_columns(p) * p.C, L) * L;
+    return ceil_div(tile_rows(p, band(p)) * tile_columns(p) * p.C, L) * L;
   }
   static int64_t scratch_bytes(const ConvReluPool& p) {
     return (tile_elements(p) + pool_rows_scratch<T>(p, 2 * L)) * sizeof(T);
@@ -63,7 +60,7 @@ struct Direct {
   // ROWS positions of one row of the convolution, V vectors of channels: out [ROWS][V * L].
   template <int ROWS, int V>
   static void convolve_block(const ConvReluPool& p, const T* tile, int64_t tile_row, const T* w, const T* bias, T* out) {
-    const Runs runs(p, p.C);
+    const Runs runs(p, p.C, p.dilation_w == 1);
     Vec<T> acc[ROWS][V];
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++) {
@@ -108,7 +105,7 @@ struct Direct {
     const int64_t n = task / (p.G * bands(p)), group = task / bands(p) % p.G, begin = task % bands(p) * band(p);
     const int64_t end = least(begin + band(p), p.PH);
     const int64_t top = window_h(p, begin).begin * p.stride_h;
-    const int64_t rows = tile_rows(p, window_h(p, end - 1).end - window_h(p, begin).begin);
+    const int64_t rows = rows_under(p, window_h(p, end - 1).end - window_h(p, begin).begin);
     T* tile = static_cast<T*>(scratch);
     load_tile<Storage>(p, static_cast<const Storage*>(x) + n * p.x.n + group * p.C * p.x.c, top, 0, rows,
                        tile_columns(p), p.C, p.C, tile);
@@ -119,9 +116,10 @@ struct Direct {
       const int64_t live = least(2 * L, p.K - k), channel = group * p.K + k;
       Storage* to = static_cast<Storage*>(y) + n * p.y.n + channel * p.y.c;
       uint8_t* at = index ? index + n * p.index.n + channel * p.index.c : nullptr;
-      const auto go = live > L ? (p.average ? run_vectors<2, Average<T>> : run_vectors<2, Max<T>>)
-                               : (p.average ? run_vectors<1, Average<T>> : run_vectors<1, Max<T>>);
-      go(p, begin, end, tile, top, filters + k * taps(p), bias + k, live, tile + tile_elements(p), to, at);
+      with_pool<T>(p.average, index, [&](auto pool) {
+        (live > L ? run_vectors<2, decltype(pool)> : run_vectors<1, decltype(pool)>)(
+            p, begin, end, tile, top, filters + k * taps(p), bias + k, live, tile + tile_elements(p), to, at);
+      });
     }
   }
 

@@ -33,9 +33,11 @@ struct Library {
   static void run(const ConvReluPool& p, const void* v, const void*, void* y, uint8_t* index, int64_t task,
                   void* scratch) {
     const int64_t n = task / chunks(p);
-    (p.average ? run_chunk<Average<T>> : run_chunk<Max<T>>)(
-        p, static_cast<const Storage*>(v) + n * p.OH * p.OW * p.G * p.K, static_cast<Storage*>(y) + n * p.y.n,
-        index ? index + n * p.index.n : nullptr, task % chunks(p), static_cast<T*>(scratch));
+    with_pool<T>(p.average, index, [&](auto pool) {
+      run_chunk<decltype(pool)>(p, static_cast<const Storage*>(v) + n * p.OH * p.OW * p.G * p.K,
+                                static_cast<Storage*>(y) + n * p.y.n, index ? index + n * p.index.n : nullptr,
+                                task % chunks(p), static_cast<T*>(scratch));
+    });
   }
 
   static constexpr ConvReluPoolFwd table = {packed_bytes, pack_tasks, pack, scratch_bytes, tasks, run};

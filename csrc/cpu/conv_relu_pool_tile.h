@@ -1,4 +1,4 @@
-// A channels-last, zero-padded tile of the input, in the type that kernels compute in.
+// Channels-last, zero-padded tiles of the input in the type that kernels compute in, and filters laid over them.
 #pragma once
 
 #include "cpu/conv_relu_pool.h"
@@ -6,26 +6,37 @@
 
 namespace {
 
-// A filter's elements (r, s, c) over such a tile, as runs that are contiguous in it: whole rows s, c where the filter is
-// not dilated along them, single taps c otherwise.
+// A filter's elements (r, s, c) over a tile, as runs that are contiguous in it: rows (s, c), or taps (c) where the filter
+// is dilated along its rows or a caller wants short runs.
 struct Runs {
+  bool rows;
   int64_t count, length;
-  explicit Runs(const ConvReluPool& p, int64_t channels)
-      : count(p.dilation_w == 1 ? p.R : p.R * p.S), length(p.dilation_w == 1 ? p.S * channels : channels) {}
-  // Where run i starts in a tile of the given row length, relative to the filter's own place.
-  int64_t offset(const ConvReluPool& p, int64_t i, int64_t row, int64_t channels) const {
-    if (p.dilation_w == 1) return i * p.dilation_h * row;
+
+  FASTARCH_INLINE Runs(const ConvReluPool& p, int64_t channels, bool rows)
+      : rows(rows), count(rows ? p.R : p.R * p.S), length(rows ? p.S * channels : channels) {}
+
+  // Where run i starts, relative to the filter's first element, in a tile whose rows are `row` elements long.
+  FASTARCH_INLINE int64_t offset(const ConvReluPool& p, int64_t i, int64_t row, int64_t channels) const {
+    if (rows) return i * p.dilation_h * row;
     return i / p.S * p.dilation_h * row + i % p.S * p.dilation_w * channels;
   }
 };
 
+// Input rows or columns under `n` neighbouring rows or columns of the convolution.
+FASTARCH_INLINE int64_t rows_under(const ConvReluPool& p, int64_t n) {
+  return (n - 1) * p.stride_h + (p.R - 1) * p.dilation_h + 1;
+}
+FASTARCH_INLINE int64_t columns_under(const ConvReluPool& p, int64_t n) {
+  return (n - 1) * p.stride_w + (p.S - 1) * p.dilation_w + 1;
+}
+
 // tile[i][j][c] = x[c][top + i - padding_h][left + j - padding_w], or 0 outside, for i < rows, j < columns, c < channels;
-// channels [live, channels) are 0. x points to the first channel of the image.
+// channels [live, channels) are 0. x points to the first of the channels in the image.
 template <class Storage>
 void load_tile(const ConvReluPool& p, const Storage* x, int64_t top, int64_t left, int64_t rows, int64_t columns,
                int64_t channels, int64_t live, Compute<Storage>* tile) {
   using T = Compute<Storage>;
-  int64_t begin = p.padding_w - left, end = p.W + p.padding_w - left;  // columns that x has
+  int64_t begin = p.padding_w - left, end = p.W + p.padding_w - left;  // the columns that x has
   begin = begin < 0 ? 0 : begin > columns ? columns : begin;
   end = end > columns ? columns : end < begin ? begin : end;
   for (int64_t i = 0; i < rows; i++, tile += columns * channels) {
@@ -36,6 +47,18 @@ void load_tile(const ConvReluPool& p, const Storage* x, int64_t top, int64_t lef
     memset(tile + end * channels, 0, (columns - end) * channels * sizeof(T));
     copy_block(tile + begin * channels, {channels, 1}, x + h * p.x.h + (left + begin - p.padding_w) * p.x.w,
                {p.x.w, p.x.c}, end - begin, live);
+  }
+}
+
+// The inverse, for a gradient: row `top + i - padding_h` of dx from row i of the tile, 0 where the tile does not reach.
+template <class Storage>
+void store_row(const ConvReluPool& p, const Compute<Storage>* row, int64_t left, int64_t columns, int64_t channels,
+               int64_t live, Storage* dx) {
+  const int64_t begin = p.padding_w - left;  // the tile's column of dx's first
+  const int64_t covered = columns - begin < p.W ? (columns - begin < 0 ? 0 : columns - begin) : p.W;
+  copy_block(dx, {p.x.w, p.x.c}, row + begin * channels, {channels, 1}, covered, live);
+  for (int64_t w = covered; w < p.W; w++) {
+    for (int64_t c = 0; c < live; c++) dx[w * p.x.w + c * p.x.c] = Convert<Storage, Compute<Storage>>::from(0);
   }
 }
 

@@ -32,7 +32,7 @@ FASTARCH_INLINE int64_t divisor(const ConvReluPool& p, const Window& h, const Wi
 }
 
 // Starting from 0 and CUT, one rule gives ReLU, the first maximum and NaN its way: take v if v > best or v is NaN.
-template <class T>
+template <class T, bool INDEX>
 struct Max {
   Vec<T> value = {};
   Vec<IntOf<T>> index = splat(IntOf<T>(CUT));
@@ -40,12 +40,12 @@ struct Max {
   FASTARCH_INLINE void take(Vec<T> v, int64_t at) {
     const Vec<IntOf<T>> better = (v > value) | (v != v);
     value = better ? v : value;
-    index = better ? splat(IntOf<T>(at)) : index;
+    if (INDEX) index = better ? splat(IntOf<T>(at)) : index;
   }
   FASTARCH_INLINE void finish(int64_t) {}
 };
 
-template <class T>
+template <class T, bool INDEX>
 struct Average {
   Vec<T> value = {};
   Vec<IntOf<T>> index = {};
@@ -53,10 +53,20 @@ struct Average {
   FASTARCH_INLINE void take(Vec<T> v, int64_t at) {
     const Vec<IntOf<T>> alive = (v > Vec<T>{}) | (v != v);
     value += alive ? v : Vec<T>{};
-    index |= alive & splat(IntOf<T>(IntOf<T>(1) << at));
+    if (INDEX) index |= alive & splat(IntOf<T>(IntOf<T>(1) << at));
   }
   FASTARCH_INLINE void finish(int64_t divisor) { value /= splat(T(divisor)); }
 };
+
+// Calls body with an object of the pool that is wanted.
+template <class T, class Body>
+FASTARCH_INLINE void with_pool(bool average, bool index, const Body& body) {
+  if (average) {
+    index ? body(Average<T, true>{}) : body(Average<T, false>{});
+  } else {
+    index ? body(Max<T, true>{}) : body(Max<T, false>{});
+  }
+}
 
 // One pooled row of `width` channels (whole vectors); the convolution's row i stands at rows + i % pool_h * OW * width.
 // value and index: [PW][width].

@@ -89,27 +89,29 @@ struct Winograd {
   static int64_t blocks(const ConvReluPool& p) { return ceil_div(tiles(p), block(p)); }
   static int64_t tasks(const ConvReluPool& p) { return p.G * blocks(p); }
 
-  // Scratch: inputs [slice][point][tile][lane] | products [point][tile][2 lanes] | a strip of input, later the outputs.
+  // Scratch: inputs [slice][point][tile][lane] | products [tile][point][2 lanes] | a strip of input, later the outputs.
   static int64_t inputs_elements(const ConvReluPool& p) { return slices(p) * POINTS * block(p) * L; }
-  static int64_t products_elements(const ConvReluPool& p) { return POINTS * block(p) * 2 * L; }
+  static int64_t products_elements(const ConvReluPool& p) { return block(p) * PRODUCTS<2>; }
   static int64_t strip_elements(const ConvReluPool& p) { return 4 * (2 * block(p) + 2) * L; }
   static int64_t outputs_elements(const ConvReluPool& p) { return 4 * block(p) * 2 * L; }
   static int64_t scratch_bytes(const ConvReluPool& p) {
     const int64_t last = most(strip_elements(p), 2 * outputs_elements(p));
     return (inputs_elements(p) + products_elements(p) + last) * sizeof(T);
   }
+  // Products of one tile; the spare vector keeps equal points of different tiles out of the same cache sets.
+  template <int V>
+  static constexpr int64_t PRODUCTS = (POINTS * V + 1) * L;
 
-  // Tiles of one row of tiles, within a block.
+  // Tiles [first, first + count) of a block lie side by side: in one row of tiles, or in one image.
   struct Segment {
     int64_t n, row, column, first, count;
   };
   template <class Visit>
-  static void segments(const ConvReluPool& p, int64_t begin, int64_t end, Visit visit) {
-    for (int64_t t = begin; t < end;) {
-      const int64_t column = t % tile_columns(p), row = t / tile_columns(p);
-      const int64_t count = least(tile_columns(p) - column, end - t);
-      visit(Segment{row / tile_rows(p), row % tile_rows(p), column, t - begin, count});
-      t += count;
+  static void segments(const ConvReluPool& p, int64_t begin, int64_t end, bool across_rows, Visit visit) {
+    const int64_t columns = tile_columns(p), image = tile_rows(p) * columns, span = across_rows ? image : columns;
+    for (int64_t t = begin, count; t < end; t += count) {
+      count = least(span - t % span, end - t);
+      visit(Segment{t / image, t % image / columns, t % columns, t - begin, count});
     }
   }
 
@@ -142,7 +144,7 @@ struct Winograd {
     }
   }
 
-  // One point's products for ROWS tiles and V vectors of output channels: products [ROWS][V * L].
+  // One point's products for ROWS tiles and V vectors of output channels.
   template <int ROWS, int V>
   static void multiply_block(const ConvReluPool& p, const T* inputs, const T* filters, T* products) {
     Vec<T> acc[ROWS][V] = {};
@@ -153,7 +155,7 @@ struct Winograd {
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++) {
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) store(products + (i * V + v) * L, acc[i][v]);
+      for (int v = 0; v < V; v++) store(products + i * PRODUCTS<V> + v * L, acc[i][v]);
     }
   }
 
@@ -165,69 +167,81 @@ struct Winograd {
     return &multiply_block<ROWS, V>;
   }
 
-  // A' m A, bias, ReLU and pool of every tile of a segment, for V vectors of output channels, `live` of them real.
-  template <class Pool, int V>
-  static void transform_outputs(const ConvReluPool& p, const Segment& s, const T* products, const T* bias, int64_t live,
-                                T* value, Storage* y, uint8_t* index) {
-    constexpr int64_t WIDTH = V * L;
-    const int64_t columns = pooled(p) ? s.count : 2 * s.count, step = block(p) * WIDTH;  // between points
-    auto* at = reinterpret_cast<IntOf<T>*>(value + outputs_elements(p));
-    for (int64_t tile = 0; tile < s.count; tile++) {
-      for (int v = 0; v < V; v++) {
-        const T* m = products + (s.first + tile) * WIDTH + v * L;
-        Vec<T> rows[4][2];  // A' m
-        for (int j = 0; j < 4; j++) {
-          transform_output(load(m + j * step), load(m + (4 + j) * step), load(m + (8 + j) * step),
-                           load(m + (12 + j) * step), rows[j]);
-        }
-        const Vec<T> b = load(bias + v * L);
-        Pool window;
-        for (int i = 0; i < 2; i++) {
-          Vec<T> conv[2];
-          transform_output(rows[0][i], rows[1][i], rows[2][i], rows[3][i], conv);
-          for (int j = 0; j < 2; j++) {
-            if (pooled(p)) {
-              window.take(conv[j] + b, 2 * i + j);
-            } else {
-              Max<T> alone;
-              alone.take(conv[j] + b, 0);
-              store(value + (i * columns + 2 * tile + j) * WIDTH + v * L, alone.value);
-              store(at + (i * columns + 2 * tile + j) * WIDTH + v * L, alone.index);
-            }
-          }
-        }
-        if (pooled(p)) {
-          window.finish(4);
-          store(value + tile * WIDTH + v * L, window.value);
-          store(at + tile * WIDTH + v * L, window.index);
-        }
-      }
+  // The 2x2 convolutions of one tile and one vector of channels: A' m A + b.
+  template <int V>
+  static FASTARCH_INLINE void transform_products(const T* m, Vec<T> b, Vec<T> (&conv)[2][2]) {
+    Vec<T> columns[4][2];  // A' m
+    for (int j = 0; j < 4; j++) {
+      transform_output(load(m + j * V * L), load(m + (4 + j) * V * L), load(m + (8 + j) * V * L),
+                       load(m + (12 + j) * V * L), columns[j]);
     }
-    const int64_t scale = pooled(p) ? 1 : 2, left = scale * s.column, width = least(columns, p.PW - left);
-    for (int64_t i = 0; i < scale && scale * s.row + i < p.PH; i++) {
-      const int64_t h = scale * s.row + i;
-      copy_block(y + h * p.y.h + left * p.y.w, {p.y.w, p.y.c}, value + i * columns * WIDTH, {WIDTH, 1}, width, live);
-      if (index) {
-        copy_block(index + h * p.index.h + left * p.index.w, {p.index.w, p.index.c}, at + i * columns * WIDTH, {WIDTH, 1},
-                   width, live);
-      }
+    for (int i = 0; i < 2; i++) {
+      transform_output(columns[0][i], columns[1][i] + b, columns[2][i], columns[3][i], conv[i]);
     }
   }
 
-  template <int V>
+  // Bias, ReLU and pool of a segment for V vectors of output channels, `live` of them real. value and index: [tile][V * L].
+  template <class Pool, int V>
+  static void pool_tiles(const ConvReluPool& p, const Segment& s, const T* products, const T* bias, int64_t live, T* value,
+                         IntOf<T>* at, Storage* y, uint8_t* index) {
+    for (int64_t tile = 0; tile < s.count; tile++) {
+      for (int v = 0; v < V; v++) {
+        Vec<T> conv[2][2];
+        transform_products<V>(products + (s.first + tile) * PRODUCTS<V> + v * L, load(bias + v * L), conv);
+        Pool pool;
+        for (int i = 0; i < 4; i++) pool.take(conv[i / 2][i % 2], i);
+        pool.finish(4);
+        store(value + (tile * V + v) * L, pool.value);
+        if (index) store(at + (tile * V + v) * L, pool.index);
+      }
+    }
+    // rows follow each other without a gap in y and index, so a segment is one block of columns
+    const int64_t to = s.row * p.y.h + s.column * p.y.w;
+    copy_block(y + to, {p.y.w, p.y.c}, value, {V * L, 1}, s.count, live);
+    if (index) copy_block(index + to, {p.index.w, p.index.c}, at, {V * L, 1}, s.count, live);
+  }
+
+  // The same where nothing is pooled: every tile gives 2x2 outputs, of which the last ones may overhang.
+  template <class Pool, int V>
+  static void place_tiles(const ConvReluPool& p, const Segment& s, const T* products, const T* bias, int64_t live, T* value,
+                          IntOf<T>* at, Storage* y, uint8_t* index) {
+    const int64_t columns = 2 * s.count;
+    for (int64_t tile = 0; tile < s.count; tile++) {
+      for (int v = 0; v < V; v++) {
+        Vec<T> conv[2][2];
+        transform_products<V>(products + (s.first + tile) * PRODUCTS<V> + v * L, load(bias + v * L), conv);
+        for (int i = 0; i < 4; i++) {
+          Pool pool;
+          pool.take(conv[i / 2][i % 2], 0);
+          const int64_t place = (i / 2 * columns + 2 * tile + i % 2) * V * L + v * L;
+          store(value + place, pool.value);
+          if (index) store(at + place, pool.index);
+        }
+      }
+    }
+    const int64_t width = least(columns, p.OW - 2 * s.column);
+    for (int64_t i = 0; i < 2 && 2 * s.row + i < p.OH; i++) {
+      const int64_t to = (2 * s.row + i) * p.y.h + 2 * s.column * p.y.w, from = i * columns * V * L;
+      copy_block(y + to, {p.y.w, p.y.c}, value + from, {V * L, 1}, width, live);
+      if (index) copy_block(index + to, {p.index.w, p.index.c}, at + from, {V * L, 1}, width, live);
+    }
+  }
+
+  template <class Pool, int V>
   static void run_vectors(const ConvReluPool& p, int64_t begin, int64_t end, const T* inputs, const T* filters,
                           const T* bias, int64_t live, T* products, Storage* y, uint8_t* index) {
     for (int point = 0; point < POINTS; point++) {
       for (int64_t t = 0, n; t < end - begin; t += n) {
         n = balanced_rows(end - begin - t);
         block_of<V>(n)(p, inputs + (point * block(p) + t) * L, filters + point * p.C * L,
-                       products + (point * block(p) + t) * V * L);
+                       products + t * PRODUCTS<V> + point * V * L);
       }
     }
     T* value = products + products_elements(p);
-    segments(p, begin, end, [&](const Segment& s) {
-      (p.average ? transform_outputs<Average<T>, V> : transform_outputs<Max<T>, V>)(
-          p, s, products, bias, live, value, y + s.n * p.y.n, index ? index + s.n * p.index.n : nullptr);
+    auto* at = reinterpret_cast<IntOf<T>*>(value + outputs_elements(p));
+    segments(p, begin, end, pooled(p), [&](const Segment& s) {
+      (pooled(p) ? pool_tiles<Pool, V> : place_tiles<Pool, V>)(p, s, products, bias, live, value, at, y + s.n * p.y.n,
+                                                               index ? index + s.n * p.index.n : nullptr);
     });
   }
 
@@ -236,7 +250,7 @@ struct Winograd {
     const int64_t group = task / blocks(p), begin = task % blocks(p) * block(p), end = least(begin + block(p), tiles(p));
     T* inputs = static_cast<T*>(scratch);
     T* products = inputs + inputs_elements(p);
-    segments(p, begin, end, [&](const Segment& s) {
+    segments(p, begin, end, false, [&](const Segment& s) {
       const Storage* image = static_cast<const Storage*>(x) + s.n * p.x.n + group * p.C * p.x.c;
       transform_inputs(p, s, image, products + products_elements(p), inputs);
     });
@@ -244,9 +258,11 @@ struct Winograd {
     const T* bias = filters + filter_elements(p);
     for (int64_t k = 0; k < p.K; k += 2 * L) {
       const int64_t live = least(2 * L, p.K - k), channel = group * p.K + k;
-      (live > L ? run_vectors<2> : run_vectors<1>)(
-          p, begin, end, inputs, filters + k * POINTS * p.C, bias + k, live, products,
-          static_cast<Storage*>(y) + channel * p.y.c, index ? index + channel * p.index.c : nullptr);
+      with_pool<T>(p.average, index, [&](auto pool) {
+        (live > L ? run_vectors<decltype(pool), 2> : run_vectors<decltype(pool), 1>)(
+            p, begin, end, inputs, filters + k * POINTS * p.C, bias + k, live, products,
+            static_cast<Storage*>(y) + channel * p.y.c, index ? index + channel * p.index.c : nullptr);
+      });
     }
   }
 

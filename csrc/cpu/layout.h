@@ -57,7 +57,24 @@ FASTARCH_INLINE void store_as(To* p, Vec<From> v, int64_t n) {
 
 template <class To, class From>
 FASTARCH_INLINE void copy_row(To* to, const From* from, int64_t n) {
-  for (int64_t i = 0; i < n; i++) to[i] = Convert<To, From>::from(from[i]);
+  using Lane = typename LaneOf<To, From>::type;
+  for (int64_t i = 0; i < n; i += LANES<Lane>) store_as<To, Lane>(to + i, load_as<Lane>(from + i, n - i), n - i);
+}
+
+// to[j][i] = from[i][j] for rows i < L, columns j < L of lanes; only the first `rows` and `columns` exist.
+template <class To, class From>
+FASTARCH_INLINE void copy_transposed(To* to, int64_t to_step, const From* from, int64_t from_step, int64_t rows,
+                                     int64_t columns) {
+  using Lane = typename LaneOf<To, From>::type;
+  constexpr int L = LANES<Lane>;
+  Vec<Lane> v[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; i++) v[i] = i < rows ? load_as<Lane>(from + i * from_step, columns) : Vec<Lane>{};
+  transpose<Lane>(v);
+#pragma GCC unroll 16
+  for (int j = 0; j < L; j++) {
+    if (j < columns) store_as<To, Lane>(to + j * to_step, v[j], rows);
+  }
 }
 
 // Where element (i, j) of a 2-D block stands: i * this.i + j * this.j.
@@ -68,8 +85,7 @@ struct Steps {
 // to(i, j) = from(i, j), i < ni, j < nj. Fast where both sides have a step of 1, along the same axis or not.
 template <class To, class From>
 void copy_block(To* to, Steps t, const From* from, Steps f, int64_t ni, int64_t nj) {
-  using Lane = typename LaneOf<To, From>::type;
-  constexpr int L = LANES<Lane>;
+  constexpr int L = LANES<typename LaneOf<To, From>::type>;
   if (nj == 1 || (t.j != 1 && t.i == 1)) {  // let j be the axis along which the destination is contiguous
     t = {t.j, t.i}, f = {f.j, f.i};
     const int64_t n = ni;
@@ -77,15 +93,13 @@ void copy_block(To* to, Steps t, const From* from, Steps f, int64_t ni, int64_t 
   }
   if (t.j == 1 && f.j == 1) {
     for (int64_t i = 0; i < ni; i++) copy_row(to + i * t.i, from + i * f.i, nj);
-  } else if (t.j == 1 && f.i == 1 && ni >= L / 2 && nj >= L / 2) {
+  } else if (t.j == 1 && f.i == 1 && 4 * ni * nj >= L * L) {
     for (int64_t j = 0; j < nj; j += L) {
       for (int64_t i = 0; i < ni; i += L) {
-        const int64_t rows = nj - j < L ? nj - j : L, columns = ni - i < L ? ni - i : L;
-        Vec<Lane> v[L];
-        for (int k = 0; k < L; k++) v[k] = k < rows ? load_as<Lane>(from + i + (j + k) * f.j, columns) : Vec<Lane>{};
-        transpose<Lane>(v);
-        for (int k = 0; k < L; k++) {
-          if (k < columns) store_as<To, Lane>(to + (i + k) * t.i + j, v[k], rows);
+        if (nj - j >= L && ni - i >= L) {
+          copy_transposed(to + i * t.i + j, t.i, from + i + j * f.j, f.j, L, L);
+        } else {
+          copy_transposed(to + i * t.i + j, t.i, from + i + j * f.j, f.j, nj - j, ni - i);
         }
       }
     }

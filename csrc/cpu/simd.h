@@ -119,8 +119,11 @@ FASTARCH_INLINE void transpose(Vec<T> (&v)[LANES<T>]) {
   }
 }
 
+// The lowest bits of 8 bytes, side by side.
+FASTARCH_INLINE uint64_t gather_bits(uint64_t word) { return (word & 0x0101010101010101u) * 0x0102040810204080u >> 56; }
+
 // Bit i is set where bytes[i] == value, i < 64.
-FASTARCH_INLINE uint64_t equal_bytes(const uint8_t* bytes, uint8_t value) {
+FASTARCH_INLINE uint64_t bytes_equal_to(const uint8_t* bytes, uint8_t value) {
 #if defined(__AVX512BW__)
   return _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(bytes), _mm512_set1_epi8(char(value)));
 #else
@@ -128,10 +131,24 @@ FASTARCH_INLINE uint64_t equal_bytes(const uint8_t* bytes, uint8_t value) {
   for (int i = 0; i < 8; i++) {
     uint64_t word;
     memcpy(&word, bytes + 8 * i, 8);
-    word ^= value * 0x0101010101010101u;                                            // equal bytes are 0 now
-    const uint64_t low = (word & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu;        // bit 7: one of the low 7 is set
-    const uint64_t equal = ~(low | word | 0x7f7f7f7f7f7f7f7fu);                     // 0x80 where the byte is 0
-    mask |= ((equal >> 7) * 0x0102040810204080u >> 56) << (8 * i);                  // gather the 8 bits
+    word ^= value * 0x0101010101010101u;                                    // equal bytes are 0 now
+    const uint64_t low = (word & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu;  // bit 7: any of the low 7 is set
+    mask |= gather_bits(~(low | word) >> 7) << (8 * i);
+  }
+  return mask;
+#endif
+}
+
+// Bit i is set where bytes[i] has the given bit, i < 64.
+FASTARCH_INLINE uint64_t bytes_with_bit(const uint8_t* bytes, int bit) {
+#if defined(__AVX512BW__)
+  return _mm512_test_epi8_mask(_mm512_loadu_si512(bytes), _mm512_set1_epi8(char(1 << bit)));
+#else
+  uint64_t mask = 0;
+  for (int i = 0; i < 8; i++) {
+    uint64_t word;
+    memcpy(&word, bytes + 8 * i, 8);
+    mask |= gather_bits(word >> bit) << (8 * i);
   }
   return mask;
 #endif
