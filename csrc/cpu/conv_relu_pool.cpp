@@ -65,7 +65,7 @@ ConvReluPool problem(const Tensor& x, const Tensor& weight, const Geometry& g) {
                     "conv_relu_pool: want stride, dilation, pool_size, pool_stride >= 1 and 0 <= 2 pool_padding <= pool_size");
   const bool average = g.pool == "avg";
   TORCH_CHECK_VALUE(average || g.pool == "max" || g.pool == "none", "conv_relu_pool: want pool max, avg or none, got ", g.pool);
-  TORCH_CHECK_VALUE(g.pool_size[0] * g.pool_size[1] <= (average ? 8 : 255), "conv_relu_pool: pool window ", g.pool_size, " is too large");
+  TORCH_CHECK_VALUE(g.pool_size[0] * g.pool_size[1] <= (average ? AVG_WINDOW : MAX_WINDOW), "conv_relu_pool: pool window ", g.pool_size, " is too large");
 
   ConvReluPool p{};
   p.N = x.size(0), p.G = g.groups, p.C = weight.size(1), p.H = x.size(2), p.W = x.size(3);

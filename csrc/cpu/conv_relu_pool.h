@@ -22,8 +22,9 @@ struct ConvReluPool {
   int64_t threads;       // for how many the work is to be cut; no result depends on it
 };
 
-// What stands in the index of a max window that ReLU cut off.
-constexpr int CUT = 255;
+constexpr int CUT = 255;         // the index of a max window that ReLU cut off
+constexpr int MAX_WINDOW = 255;  // elements of the largest max window, which the other values number
+constexpr int AVG_WINDOW = 8;    // elements of the largest average window: bits of an index
 
 enum ElementType { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, ELEMENT_TYPES };
 

@@ -73,15 +73,16 @@ FASTARCH_INLINE void with_pool(bool average, bool index, const Body& body) {
 template <class Pool, class T>
 void pool_row(const ConvReluPool& p, int64_t ph, const T* rows, int64_t width, T* value, IntOf<T>* index) {
   const Window h = window_h(p, ph);
+  const T* ring[MAX_WINDOW];
+  for (int64_t i = h.begin; i < h.end; i++) ring[i - h.begin] = rows + i % p.pool_h * p.OW * width;
   for (int64_t pw = 0; pw < p.PW; pw++) {
     const Window w = window_w(p, pw);
     for (int64_t c = 0; c < width; c += LANES<T>) {
       Pool pool;
       for (int64_t i = h.begin; i < h.end; i++) {
-        const T* row = rows + (i % p.pool_h) * p.OW * width + c;
-        for (int64_t j = w.begin; j < w.end; j++) {
-          pool.take(load(row + j * width), (i - h.start) * p.pool_w + j - w.start);
-        }
+        const T* row = ring[i - h.begin] + c;
+        const int64_t at = (i - h.start) * p.pool_w - w.start;
+        for (int64_t j = w.begin; j < w.end; j++) pool.take(load(row + j * width), at + j);
       }
       pool.finish(divisor(p, h, w));
       store(value + pw * width + c, pool.value);

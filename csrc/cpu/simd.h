@@ -82,9 +82,7 @@ FASTARCH_INLINE void store_first(T* p, Vec<T> v, int64_t n) {
 
 template <class T>
 FASTARCH_INLINE Vec<T> splat(T x) {
-  Vec<T> v;
-  for (int i = 0; i < LANES<T>; i++) v[i] = x;
-  return v;
+  return x - Vec<T>{};  // minus 0 changes nothing, not even -0, and compilers drop it
 }
 
 // The lower (HIGH = 0) or upper half of a0 b0 a1 b1 a2 b2 ...

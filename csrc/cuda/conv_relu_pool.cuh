@@ -39,7 +39,7 @@ struct Taps {
     const int shift = s * dilation / stride;
     return s * dilation % stride * groups * kQuad + (mirrored ? last - shift : shift);
   }
-  __device__ unsigned in_group(int group) const { return present[group / 8] >> group % 8 * kQuad & 15; }
+  __device__ unsigned in_group(unsigned group) const { return present[group / 8] >> group % 8 * kQuad & 15; }
 };
 
 inline int tap_groups(int taps, int stride, int dilation) { return (taps - 1) * dilation / stride / kQuad + 1; }
@@ -117,16 +117,16 @@ __device__ __forceinline__ void correlate(A (&sum)[M][ROWS][kQuad], const A* pla
 
 // A rectangle of one image in shared memory: rows of `pitch` words, split by phase into planes of `plane` words in the
 // order [channel, phase_h, phase_w]. `size` rows and columns are staged, from (h0, w0) on; the image's outside is zero.
+// ROWS is how many loads a thread keeps in flight.
 struct InputTile {
   Extent size, phases;
   int pitch, plane;
 };
 
-template <typename T, typename A>
+template <typename T, int ROWS, typename A>
 __device__ __forceinline__ void stage_input(A* shared, const InputTile& tile, const ConstTensor4& x,
                                             const ConvReluPoolShape& shape, int n, int c0, int channels, int h0,
                                             int w0) {
-  constexpr int ROWS = 4;  // loads in flight per thread
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   const T* image = static_cast<const T*>(x.data) + n * x.stride[0];
   for (int row = threadIdx.x / kWarp * ROWS; row < channels * tile.size.h; row += warps * ROWS) {
@@ -171,6 +171,12 @@ __device__ __forceinline__ void stage_input(A* shared, const InputTile& tile, co
       }
     }
   }
+}
+
+// What the mean over window (p, q) divides by: avg_pool2d counts padding, but not what ceil_mode adds beyond it.
+__device__ __forceinline__ int mean_divisor(const ConvReluPoolShape& s, int p, int q) {
+  const int top = p * s.pool_stride.h - s.pool_padding.h, left = q * s.pool_stride.w - s.pool_padding.w;
+  return min(s.pool_size.h, s.OH + s.pool_padding.h - top) * min(s.pool_size.w, s.OW + s.pool_padding.w - left);
 }
 
 // Rows and columns of the input that `conv` rows and columns of the convolution see.

@@ -95,11 +95,7 @@ __device__ __forceinline__ void pool_tile(const A* conv, const FwdParams& params
         }
       }
     }
-    if (shape.average) {  // avg_pool2d counts padding, but not what ceil_mode adds beyond it
-      const int height = min(shape.pool_size.h, shape.OH + shape.pool_padding.h - top);
-      const int width = min(shape.pool_size.w, shape.OW + shape.pool_padding.w - left);
-      result /= static_cast<A>(height * width);
-    }
+    if (shape.average) result /= static_cast<A>(mean_divisor(shape, p, q));
     const int64_t to = n * y.stride[0] + (k0 + k) * y.stride[1] + p * y.stride[2] + q * y.stride[3];
     static_cast<T*>(y.data)[to] = narrow<T>(result);
     if (params.args.index != nullptr) params.args.index[to] = static_cast<uint8_t>(code);
@@ -134,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   A sum[kChannels][kRows][kQuad] = {};
   for (int c0 = 0; c0 < shape.C; c0 += plan.staged) {
     const int channels = min(plan.staged, shape.C - c0);
-    stage_input<T>(x, plan.input, params.args.x, shape, n, c0, channels, h0, w0);
+    stage_input<T, 4>(x, plan.input, params.args.x, shape, n, c0, channels, h0, w0);
     stage_filters<T>(filters, params, k0, c0, channels);
     __syncthreads();
 

@@ -1,4 +1,4 @@
-// What the CUDA kernels of all operations share: storage types and their arithmetic, shared memory, launches.
+// What the CUDA kernels of all operations share: storage types and their arithmetic, tensors, shared memory, launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +7,8 @@
 
 #include <cstddef>
 #include <utility>
+
+#include "cuda/tensor.h"
 
 // FASTARCH_SHARED: an array in the block's shared memory. dynamic_shared: the part whose size the launch decides.
 // The two that stand for language that plain C++ lacks, so tests/cuda_on_cpu has its own.
@@ -57,6 +59,18 @@ __device__ __forceinline__ __half narrow<__half>(float value) {
 template <>
 __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
+}
+
+template <typename T>
+__device__ __forceinline__ T& at(const Tensor4& tensor, int64_t i, int64_t j, int64_t k, int64_t l) {
+  const int64_t* stride = tensor.stride;
+  return static_cast<T*>(tensor.data)[i * stride[0] + j * stride[1] + k * stride[2] + l * stride[3]];
+}
+
+template <typename T>
+__device__ __forceinline__ const T& at(const ConstTensor4& tensor, int64_t i, int64_t j, int64_t k, int64_t l) {
+  const int64_t* stride = tensor.stride;
+  return static_cast<const T*>(tensor.data)[i * stride[0] + j * stride[1] + k * stride[2] + l * stride[3]];
 }
 
 // Start `kernel` and report whether that worked. `cooperative`: its blocks wait for each other (a grid barrier), so
