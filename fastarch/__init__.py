@@ -1,7 +1,7 @@
 """fastarch: the classic neural architectures on hand-written fused kernels."""
 
-from fastarch import nn, ops
+from fastarch import models, nn, ops
 from fastarch.routing import reference
 from fastarch.version import __version__
 
-__all__ = ["__version__", "nn", "ops", "reference"]
+__all__ = ["__version__", "models", "nn", "ops", "reference"]

@@ -1,0 +1,32 @@
+"""The workloads of every benchmark: names and shapes, nothing else."""
+
+from typing import NamedTuple
+
+
+class ConvReLUPool(NamedTuple):
+    """N C H W -> K, square filter and pool."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    kernel: int
+    stride: int
+    padding: int
+    pool_size: int
+    pool_stride: int
+    pool_padding: int
+
+
+CONV_RELU_POOL = {
+    "notes_conv1": ConvReLUPool(64, 1, 28, 28, 32, 3, 1, 1, 2, 2, 0),
+    "notes_conv2": ConvReLUPool(64, 32, 14, 14, 64, 3, 1, 1, 2, 2, 0),
+    "lenet_c1": ConvReLUPool(64, 1, 32, 32, 6, 5, 1, 0, 2, 2, 0),
+    "lenet_c3": ConvReLUPool(64, 6, 14, 14, 16, 5, 1, 0, 2, 2, 0),
+    "alexnet_conv1": ConvReLUPool(16, 3, 224, 224, 64, 11, 4, 2, 3, 2, 0),
+    "vgg_b1": ConvReLUPool(8, 64, 224, 224, 64, 3, 1, 1, 2, 2, 0),
+    "vgg_b3": ConvReLUPool(8, 256, 56, 56, 256, 3, 1, 1, 2, 2, 0),
+    "vgg_b5": ConvReLUPool(8, 512, 14, 14, 512, 3, 1, 1, 2, 2, 0),
+    "resnet_stem": ConvReLUPool(16, 3, 224, 224, 64, 7, 2, 3, 3, 2, 1),
+}
