@@ -107,6 +107,24 @@ void parallel(int64_t tasks, int64_t scratch_bytes, double operations, const Tas
 
 double operations(const ConvReluPool& p) { return 2.0 * p.N * p.G * p.K * p.OH * p.OW * p.C * p.R * p.S; }
 
+// The kernels of an algorithm, if it can serve the problem.
+const ConvReluPoolFwds& forward(const ConvReluPool& p, std::string_view algorithm) {
+  if (algorithm == "direct") return FASTARCH_SELECT(conv_relu_pool_direct);
+  const bool undilated = p.dilation_h == 1 && p.dilation_w == 1;
+  if (algorithm == "polyphase") {
+    TORCH_CHECK_VALUE(undilated && p.R <= 4 * p.stride_h && p.S <= 4 * p.stride_w,
+                      "conv_relu_pool: polyphase wants dilation 1 and a filter of at most 4 strides");
+    return FASTARCH_SELECT(conv_relu_pool_polyphase);
+  }
+  TORCH_CHECK_VALUE(algorithm == "winograd", "conv_relu_pool: want algorithm direct, winograd, polyphase or library on CPUs, got ", algorithm);
+  const bool tiles_are_windows = p.pool_h == 2 && p.pool_w == 2 && p.pool_stride_h == 2 && p.pool_stride_w == 2 && !p.pool_padding_h &&
+                                 !p.pool_padding_w && p.PH == p.OH / 2 && p.PW == p.OW / 2;
+  const bool unpooled = p.pool_h == 1 && p.pool_w == 1 && p.PH == p.OH && p.PW == p.OW && !p.average;
+  TORCH_CHECK_VALUE(undilated && p.R == 3 && p.S == 3 && p.stride_h == 1 && p.stride_w == 1 && (tiles_are_windows || unpooled),
+                    "conv_relu_pool: winograd wants a 3x3 filter, stride and dilation 1, and a pool of 2x2 or none");
+  return FASTARCH_SELECT(conv_relu_pool_winograd);
+}
+
 std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                                               IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view pool,
                                               IntArrayRef pool_size, IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
@@ -134,17 +152,7 @@ std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& wei
              [&](int64_t task, void* scratch) { kernel.run(p, conv.const_data_ptr(), nullptr, y.data_ptr(), at, task, scratch); });
     return {y, index};
   }
-  const bool winograd = algorithm == "winograd";
-  TORCH_CHECK_VALUE(winograd || algorithm == "direct", "conv_relu_pool: want algorithm direct, winograd or library on CPUs, got ", algorithm);
-  if (winograd) {
-    const bool tiles_are_windows = p.pool_h == 2 && p.pool_w == 2 && p.pool_stride_h == 2 && p.pool_stride_w == 2 && !p.pool_padding_h &&
-                                   !p.pool_padding_w && p.PH == p.OH / 2 && p.PW == p.OW / 2;
-    const bool unpooled = p.pool_h == 1 && p.pool_w == 1 && p.PH == p.OH && p.PW == p.OW && !p.average;
-    TORCH_CHECK_VALUE(p.R == 3 && p.S == 3 && p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 &&
-                          (tiles_are_windows || unpooled),
-                      "conv_relu_pool: winograd wants a 3x3 filter, stride and dilation 1, and a pool of 2x2 or none");
-  }
-  const ConvReluPoolFwd& kernel = (winograd ? FASTARCH_SELECT(conv_relu_pool_winograd) : FASTARCH_SELECT(conv_relu_pool_direct)).of[type];
+  const ConvReluPoolFwd& kernel = forward(p, algorithm).of[type];
   const Tensor packed = advise_huge_pages(at::empty({kernel.packed_bytes(p)}, x.options().dtype(at::kByte)));
   parallel(kernel.pack_tasks(p), 0, 16.0 * filters.numel(), [&](int64_t task, void*) {
     kernel.pack(p, filters.const_data_ptr(), bias ? b.const_data_ptr() : nullptr, packed.data_ptr(), task);

@@ -11,7 +11,7 @@ struct Library {
   static int64_t packed_bytes(const ConvReluPool&) { return 0; }
   static int64_t pack_tasks(const ConvReluPool&) { return 0; }
   static void pack(const ConvReluPool&, const void*, const void*, void*, int64_t) {}
-  static int64_t scratch_bytes(const ConvReluPool& p) { return pool_rows_scratch<T>(p, WIDTH) * sizeof(T); }
+  static int64_t scratch_bytes(const ConvReluPool& p) { return pool_rows_scratch<1, T>(p, WIDTH) * sizeof(T); }
 
   // A task is a chunk of pooled rows of one image.
   static int64_t chunks(const ConvReluPool& p) { return ceil_div(p.PH, rows_per_chunk(p)); }
@@ -23,10 +23,10 @@ struct Library {
     const int64_t channels = p.G * p.K;
     for (int64_t k = 0; k < channels; k += WIDTH) {
       const int64_t live = least(WIDTH, channels - k), width = ceil_div(live, LANES<T>) * LANES<T>;
-      const auto convolve = [&](int64_t row, T* to) {
-        copy_block(to, {width, 1}, v + row * p.OW * channels + k, {channels, 1}, p.OW, live);
+      const auto convolve = [&](int64_t row, const Ring<T>& ring) {
+        copy_block(ring[row], {width, 1}, v + row * p.OW * channels + k, {channels, 1}, p.OW, live);
       };
-      pool_rows<Pool>(p, begin, end, width, live, convolve, scratch, y + k * p.y.c, index ? index + k * p.index.c : index);
+      pool_rows<1, Pool>(p, begin, end, width, live, convolve, scratch, y + k * p.y.c, index ? index + k * p.index.c : index);
     }
   }
 

@@ -40,9 +40,22 @@ struct Max {
   FASTARCH_INLINE void take(Vec<T> v, int64_t at) {
     const Vec<IntOf<T>> better = (v > value) | (v != v);
     value = better ? v : value;
-    if (INDEX) index = better ? splat(IntOf<T>(at)) : index;
+    index = better ? splat(IntOf<T>(at)) : index;
   }
   FASTARCH_INLINE void finish(int64_t) {}
+};
+
+// Without the index NaN can wait until the end, which leaves one maximum per element.
+template <class T>
+struct Max<T, false> {
+  Vec<T> value = {};
+  Vec<IntOf<T>> index = {};  // of NaN, here
+
+  FASTARCH_INLINE void take(Vec<T> v, int64_t) {
+    index |= v != v;
+    value = v > value ? v : value;
+  }
+  FASTARCH_INLINE void finish(int64_t) { value = index ? (Vec<T>)index : value; }
 };
 
 template <class T, bool INDEX>
@@ -68,19 +81,27 @@ FASTARCH_INLINE void with_pool(bool average, bool index, const Body& body) {
   }
 }
 
-// One pooled row of `width` channels (whole vectors); the convolution's row i stands at rows + i % pool_h * OW * width.
-// value and index: [PW][width].
+// A ring of the convolution's rows: those that a window still needs, and those that are computed at once.
+template <class T>
+struct Ring {
+  T* rows;
+  int64_t row, length;  // elements of a row, rows
+
+  FASTARCH_INLINE T* operator[](int64_t i) const { return rows + i % length * row; }
+};
+
+// One pooled row of `width` channels (whole vectors) from the convolution's rows [OW][width]. value, index: [PW][width].
 template <class Pool, class T>
-void pool_row(const ConvReluPool& p, int64_t ph, const T* rows, int64_t width, T* value, IntOf<T>* index) {
+void pool_row(const ConvReluPool& p, int64_t ph, const Ring<T>& ring, int64_t width, T* value, IntOf<T>* index) {
   const Window h = window_h(p, ph);
-  const T* ring[MAX_WINDOW];
-  for (int64_t i = h.begin; i < h.end; i++) ring[i - h.begin] = rows + i % p.pool_h * p.OW * width;
+  const T* rows[MAX_WINDOW];
+  for (int64_t i = h.begin; i < h.end; i++) rows[i - h.begin] = ring[i];
   for (int64_t pw = 0; pw < p.PW; pw++) {
     const Window w = window_w(p, pw);
     for (int64_t c = 0; c < width; c += LANES<T>) {
       Pool pool;
       for (int64_t i = h.begin; i < h.end; i++) {
-        const T* row = ring[i - h.begin] + c;
+        const T* row = rows[i - h.begin] + c;
         const int64_t at = (i - h.start) * p.pool_w - w.start;
         for (int64_t j = w.begin; j < w.end; j++) pool.take(load(row + j * width), at + j);
       }
@@ -94,27 +115,34 @@ void pool_row(const ConvReluPool& p, int64_t ph, const T* rows, int64_t width, T
 // Pooled rows that are collected before they are written: enough columns to transpose in whole vectors.
 FASTARCH_INLINE int64_t rows_per_chunk(const ConvReluPool& p) { return least(p.PH, ceil_div(128, p.PW)); }
 
-template <class T>
+// For rows of the convolution that are computed AT_ONCE, beginning at a multiple of it.
+template <int AT_ONCE, class T>
+Ring<T> ring_of_rows(const ConvReluPool& p, int64_t width, T* scratch) {
+  return {scratch, ceil_div(p.OW, AT_ONCE) * AT_ONCE * width, p.pool_h + AT_ONCE - 1};
+}
+template <int AT_ONCE, class T>
 int64_t pool_rows_scratch(const ConvReluPool& p, int64_t width) {
-  return (p.pool_h * p.OW + 2 * rows_per_chunk(p) * p.PW) * width;  // rows of the convolution, values, indices
+  const Ring<T> ring = ring_of_rows<AT_ONCE, T>(p, width, nullptr);
+  return ring.length * ring.row + 2 * rows_per_chunk(p) * p.PW * width;  // ring, values, indices
 }
 
-// Pooled rows [begin, end) of `width` channels (whole vectors), `live` of which are real. convolve(i, to) computes row i
-// of the convolution, [OW][width]. y and index (or nullptr) point to the image's first of these channels.
-template <class Pool, class Storage, class T, class Convolve>
+// Pooled rows [begin, end) of `width` channels (whole vectors), `live` of which are real. convolve(i, ring) computes rows
+// [i, i + AT_ONCE) of the convolution. y and index (or nullptr) point to the image's first of these channels.
+template <int AT_ONCE, class Pool, class Storage, class T, class Convolve>
 void pool_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width, int64_t live, Convolve convolve,
                T* scratch, Storage* y, uint8_t* index) {
+  const Ring<T> ring = ring_of_rows<AT_ONCE>(p, width, scratch);
   const int64_t chunk = rows_per_chunk(p);
-  T* value = scratch + p.pool_h * p.OW * width;
+  T* value = scratch + ring.length * ring.row;
   auto* at = reinterpret_cast<IntOf<T>*>(value + chunk * p.PW * width);
-  int64_t next = window_h(p, begin).begin;  // the first row not convolved yet
+  int64_t next = 0;  // the first row not convolved yet
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t rows = least(chunk, end - first);
     for (int64_t row = 0; row < rows; row++) {
       const Window h = window_h(p, first + row);
-      for (next = most(next, h.begin); next < h.end; next++) convolve(next, scratch + next % p.pool_h * p.OW * width);
-      pool_row<Pool>(p, first + row, scratch, width, value + row * p.PW * width,
-                     index ? at + row * p.PW * width : nullptr);
+      next = most(next, h.begin / AT_ONCE * AT_ONCE);
+      for (; next < h.end; next += AT_ONCE) convolve(next, ring);
+      pool_row<Pool>(p, first + row, ring, width, value + row * p.PW * width, index ? at + row * p.PW * width : nullptr);
     }
     // rows follow each other without a gap in y and index, so a chunk is one block of columns
     copy_block(y + first * p.y.h, {p.y.w, p.y.c}, value, {width, 1}, rows * p.PW, live);

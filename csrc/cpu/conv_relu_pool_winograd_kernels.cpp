@@ -1,41 +1,21 @@
-// conv_relu_pool of 3x3 filters by Winograd's F(2x2, 3x3): with 16 products instead of 36 a tile of 4x4 inputs d gives
-// the 2x2 convolutions Y = A' [(G g G') . (B' d B)] A, which are just one window of a 2x2 pool.
-// Lavin and Gray 2016, arXiv 1509.09308, section 4.1.
+// conv_relu_pool of 3x3 filters by Winograd's F(2x2, 3x3): a tile of 4x4 inputs gives with 16 products instead of 36 the
+// 2x2 convolutions that are just one window of a 2x2 pool.
 //
-// A task is a block of tiles: its inputs are transformed once, then for every block of output channels the 16 products
-// over the input channels run in registers and their results are transformed, pooled and written from the cache.
+// A task is a block of tiles, across rows and images: its inputs are transformed once, then for every block of output
+// channels the products over the input channels run in registers and are transformed, pooled and written from the cache.
 #include "cpu/conv_relu_pool_tile.h"
 #include "cpu/conv_relu_pool_window.h"
-#include "cpu/product.h"
+#include "cpu/conv_relu_pool_winograd.h"
 
 namespace {
 
-constexpr int POINTS = 16;                   // products per tile
 constexpr int64_t INPUTS_BYTES = 512 << 10;  // of transformed inputs in one task: half of a 1 MB second-level cache
-
-// B' d for one column of d.
-template <class V>
-FASTARCH_INLINE void transform_input(const V d[4], V t[4]) {
-  t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
-}
-
-// G g for one column of g.
-template <class V>
-FASTARCH_INLINE void transform_filter(V g0, V g1, V g2, V t[4]) {
-  const V even = (g0 + g2) / 2, odd = g1 / 2;
-  t[0] = g0, t[1] = even + odd, t[2] = even - odd, t[3] = g2;
-}
-
-// A' m for one column of m.
-template <class V>
-FASTARCH_INLINE void transform_output(V m0, V m1, V m2, V m3, V t[2]) {
-  t[0] = m0 + m1 + m2, t[1] = m1 - m2 - m3;
-}
 
 template <class Storage>
 struct Winograd {
   using T = Compute<Storage>;
-  static constexpr int L = LANES<T>;
+  using Domain = Products<T, 3>;
+  static constexpr int L = LANES<T>, POINTS = Domain::POINTS;
 
   // Packed: per group, filters [vector of channels k][point][c][lane], then the bias [vector of channels][lane].
   static int64_t vectors(const ConvReluPool& p) { return ceil_div(p.K, L); }
@@ -55,16 +35,7 @@ struct Winograd {
       const int64_t channels = least(CHUNK, p.C - c0);
       copy_block(taps, {L, 1}, from + c0 * 9, {1, p.C * 9}, channels * 9, live);
       for (int64_t c = 0; c < channels; c++) {
-        const T* g = taps + c * 9 * L;
-        Vec<T> columns[3][4];  // G g
-        for (int s = 0; s < 3; s++) {
-          transform_filter(load(g + s * L), load(g + (3 + s) * L), load(g + (6 + s) * L), columns[s]);
-        }
-        for (int i = 0; i < 4; i++) {
-          Vec<T> u[4];
-          transform_filter(columns[0][i], columns[1][i], columns[2][i], u);
-          for (int j = 0; j < 4; j++) store(to + ((4 * i + j) * p.C + c0 + c) * L, u[j]);
-        }
+        Domain::transform_filter(taps + c * 9 * L, to + (c0 + c) * L, p.C * L);
       }
     }
     T* b = group_start + filter_elements(p) + k0;
@@ -91,17 +62,13 @@ struct Winograd {
 
   // Scratch: inputs [slice][point][tile][lane] | products [tile][point][2 lanes] | a strip of input, later the outputs.
   static int64_t inputs_elements(const ConvReluPool& p) { return slices(p) * POINTS * block(p) * L; }
-  static int64_t products_elements(const ConvReluPool& p) { return block(p) * PRODUCTS<2>; }
+  static int64_t products_elements(const ConvReluPool& p) { return block(p) * Domain::template TILE<2>; }
   static int64_t strip_elements(const ConvReluPool& p) { return 4 * (2 * block(p) + 2) * L; }
   static int64_t outputs_elements(const ConvReluPool& p) { return 4 * block(p) * 2 * L; }
   static int64_t scratch_bytes(const ConvReluPool& p) {
     const int64_t last = most(strip_elements(p), 2 * outputs_elements(p));
     return (inputs_elements(p) + products_elements(p) + last) * sizeof(T);
   }
-  // Products of one tile; the spare vector keeps equal points of different tiles out of the same cache sets.
-  template <int V>
-  static constexpr int64_t PRODUCTS = (POINTS * V + 1) * L;
-
   // Tiles [first, first + count) of a block lie side by side: in one row of tiles, or in one image.
   struct Segment {
     int64_t n, row, column, first, count;
@@ -121,62 +88,9 @@ struct Winograd {
     for (int64_t slice = 0; slice < slices(p); slice++) {
       const int64_t live = least(L, p.C - slice * L);
       load_tile<Storage>(p, x + slice * L * p.x.c, 2 * s.row, 2 * s.column, 4, columns, L, live, strip);
-      const auto column = [&](int64_t j, Vec<T> t[4]) {  // B' d for column j of the strip
-        Vec<T> d[4];
-        for (int i = 0; i < 4; i++) d[i] = load(strip + (i * columns + j) * L);
-        transform_input(d, t);
-      };
-      Vec<T> t[4][4];  // the tile's columns; two of them are also the next tile's
-      column(0, t[0]);
-      column(1, t[1]);
-      T* to = inputs + slice * POINTS * step + s.first * L;
-      for (int64_t tile = 0; tile < s.count; tile++, to += L) {
-        column(2 * tile + 2, t[2]);
-        column(2 * tile + 3, t[3]);
-        for (int i = 0; i < 4; i++) {
-          const Vec<T> row[4] = {t[0][i], t[1][i], t[2][i], t[3][i]};
-          Vec<T> v[4];
-          transform_input(row, v);
-          for (int j = 0; j < 4; j++) store(to + (4 * i + j) * step, v[j]);
-          t[0][i] = t[2][i], t[1][i] = t[3][i];
-        }
-      }
-    }
-  }
-
-  // One point's products for ROWS tiles and V vectors of output channels.
-  template <int ROWS, int V>
-  static void multiply_block(const ConvReluPool& p, const T* inputs, const T* filters, T* products) {
-    Vec<T> acc[ROWS][V] = {};
-    for (int64_t slice = 0; slice < slices(p); slice++) {
-      multiply_add<ROWS, V, T>(acc, inputs + slice * POINTS * block(p) * L, L, filters + slice * L * L,
-                               POINTS * p.C * L, least(L, p.C - slice * L));
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) {
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) store(products + i * PRODUCTS<V> + v * L, acc[i][v]);
-    }
-  }
-
-  template <int V, int ROWS = PRODUCT_ROWS>
-  static auto block_of(int64_t rows) {
-    if constexpr (ROWS > 1) {
-      if (rows < ROWS) return block_of<V, ROWS - 1>(rows);
-    }
-    return &multiply_block<ROWS, V>;
-  }
-
-  // The 2x2 convolutions of one tile and one vector of channels: A' m A + b.
-  template <int V>
-  static FASTARCH_INLINE void transform_products(const T* m, Vec<T> b, Vec<T> (&conv)[2][2]) {
-    Vec<T> columns[4][2];  // A' m
-    for (int j = 0; j < 4; j++) {
-      transform_output(load(m + j * V * L), load(m + (4 + j) * V * L), load(m + (8 + j) * V * L),
-                       load(m + (12 + j) * V * L), columns[j]);
-    }
-    for (int i = 0; i < 2; i++) {
-      transform_output(columns[0][i], columns[1][i] + b, columns[2][i], columns[3][i], conv[i]);
+      const T* rows[4];
+      for (int i = 0; i < 4; i++) rows[i] = strip + i * columns * L;
+      Domain::transform_inputs(rows, L, s.count, inputs + slice * POINTS * step + s.first * L, step);
     }
   }
 
@@ -187,7 +101,8 @@ struct Winograd {
     for (int64_t tile = 0; tile < s.count; tile++) {
       for (int v = 0; v < V; v++) {
         Vec<T> conv[2][2];
-        transform_products<V>(products + (s.first + tile) * PRODUCTS<V> + v * L, load(bias + v * L), conv);
+        Domain::template transform_products<V>(products + (s.first + tile) * Domain::template TILE<V> + v * L,
+                                               load(bias + v * L), conv);
         Pool pool;
         for (int i = 0; i < 4; i++) pool.take(conv[i / 2][i % 2], i);
         pool.finish(4);
@@ -209,7 +124,8 @@ struct Winograd {
     for (int64_t tile = 0; tile < s.count; tile++) {
       for (int v = 0; v < V; v++) {
         Vec<T> conv[2][2];
-        transform_products<V>(products + (s.first + tile) * PRODUCTS<V> + v * L, load(bias + v * L), conv);
+        Domain::template transform_products<V>(products + (s.first + tile) * Domain::template TILE<V> + v * L,
+                                               load(bias + v * L), conv);
         for (int i = 0; i < 4; i++) {
           Pool pool;
           pool.take(conv[i / 2][i % 2], 0);
@@ -230,13 +146,7 @@ struct Winograd {
   template <class Pool, int V>
   static void run_vectors(const ConvReluPool& p, int64_t begin, int64_t end, const T* inputs, const T* filters,
                           const T* bias, int64_t live, T* products, Storage* y, uint8_t* index) {
-    for (int point = 0; point < POINTS; point++) {
-      for (int64_t t = 0, n; t < end - begin; t += n) {
-        n = balanced_rows(end - begin - t);
-        block_of<V>(n)(p, inputs + (point * block(p) + t) * L, filters + point * p.C * L,
-                       products + t * PRODUCTS<V> + point * V * L);
-      }
-    }
+    Domain::template multiply<V>(inputs, block(p), end - begin, filters, p.C, products);
     T* value = products + products_elements(p);
     auto* at = reinterpret_cast<IntOf<T>*>(value + outputs_elements(p));
     segments(p, begin, end, pooled(p), [&](const Segment& s) {
