@@ -19,10 +19,10 @@ struct Polyphase {
   using Domain = Products<T, TAPS>;
   static constexpr int L = LANES<T>, SIDE = Domain::SIDE, POINTS = Domain::POINTS;
 
-  // The channels (c, a, b) of the phases, in the order in which the input holds them: planes or interleaved.
+  // The channels (c, a, b) of the phases, in an order in which neighbours are neighbours in the input as well.
   static int64_t channels(const ConvReluPool& p) { return p.stride_h * p.stride_w * p.C; }
   static int64_t slices(const ConvReluPool& p) { return ceil_div(channels(p), L); }
-  static bool planes(const ConvReluPool& p) { return p.x.c != 1; }
+  static bool planes(const ConvReluPool& p) { return p.x.c != 1 && p.stride_w > 1; }
   static int64_t channel(const ConvReluPool& p, int64_t c, int64_t a, int64_t b) {
     return planes(p) ? (c * p.stride_h + a) * p.stride_w + b : (a * p.stride_w + b) * p.C + c;
   }
@@ -83,7 +83,8 @@ struct Polyphase {
       for (int64_t b = 0; !planes(p) && b < p.stride_w; b++) {
         const int64_t j = ceil_div(most(0, p.padding_w - b), p.stride_w);  // the first column that has this phase
         const int64_t w = p.stride_w * j + b - p.padding_w, n = least(columns - j, ceil_div(p.W - w, p.stride_w));
-        copy_block(to + j * step + channel(p, 0, a, b), {step, 1}, row + w * p.x.w, {p.stride_w * p.x.w, 1}, n, p.C);
+        copy_block(to + j * step + channel(p, 0, a, b), {step, 1}, row + w * p.x.w, {p.stride_w * p.x.w, p.x.c}, n,
+                   p.C);
       }
     }
   }

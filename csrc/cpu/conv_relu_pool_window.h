@@ -90,9 +90,11 @@ struct Ring {
   FASTARCH_INLINE T* operator[](int64_t i) const { return rows + i % length * row; }
 };
 
-// One pooled row of `width` channels (whole vectors) from the convolution's rows [OW][width]. value, index: [PW][width].
+// One pooled row of `width` channels (whole vectors) from the convolution's rows [OW][width]: value [PW] with the given
+// step between columns, index [PW][width].
 template <class Pool, class T>
-void pool_row(const ConvReluPool& p, int64_t ph, const Ring<T>& ring, int64_t width, T* value, IntOf<T>* index) {
+void pool_row(const ConvReluPool& p, int64_t ph, const Ring<T>& ring, int64_t width, T* value, int64_t step,
+              IntOf<T>* index) {
   const Window h = window_h(p, ph);
   const T* rows[MAX_WINDOW];
   for (int64_t i = h.begin; i < h.end; i++) rows[i - h.begin] = ring[i];
@@ -106,7 +108,7 @@ void pool_row(const ConvReluPool& p, int64_t ph, const Ring<T>& ring, int64_t wi
         for (int64_t j = w.begin; j < w.end; j++) pool.take(load(row + j * width), at + j);
       }
       pool.finish(divisor(p, h, w));
-      store(value + pw * width + c, pool.value);
+      store(value + pw * step + c, pool.value);
       if (index) store(index + pw * width + c, pool.index);
     }
   }
@@ -135,6 +137,8 @@ void pool_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width,
   const int64_t chunk = rows_per_chunk(p);
   T* value = scratch + ring.length * ring.row;
   auto* at = reinterpret_cast<IntOf<T>*>(value + chunk * p.PW * width);
+  // whole vectors of a channels-last output need no copy
+  const bool in_place = sizeof(Storage) == sizeof(T) && p.y.c == 1 && live == width;
   int64_t next = 0;  // the first row not convolved yet
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t rows = least(chunk, end - first);
@@ -142,10 +146,12 @@ void pool_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width,
       const Window h = window_h(p, first + row);
       next = most(next, h.begin / AT_ONCE * AT_ONCE);
       for (; next < h.end; next += AT_ONCE) convolve(next, ring);
-      pool_row<Pool>(p, first + row, ring, width, value + row * p.PW * width, index ? at + row * p.PW * width : nullptr);
+      T* to = in_place ? reinterpret_cast<T*>(y + (first + row) * p.y.h) : value + row * p.PW * width;
+      pool_row<Pool>(p, first + row, ring, width, to, in_place ? p.y.w : width,
+                     index ? at + row * p.PW * width : nullptr);
     }
     // rows follow each other without a gap in y and index, so a chunk is one block of columns
-    copy_block(y + first * p.y.h, {p.y.w, p.y.c}, value, {width, 1}, rows * p.PW, live);
+    if (!in_place) copy_block(y + first * p.y.h, {p.y.w, p.y.c}, value, {width, 1}, rows * p.PW, live);
     if (index) copy_block(index + first * p.index.h, {p.index.w, p.index.c}, at, {width, 1}, rows * p.PW, live);
   }
 }

@@ -1,7 +1,7 @@
-"""VGG: Simonyan and Zisserman 2014, "Very deep convolutional networks for large-scale image recognition", arXiv 1409.1556.
+"""VGG: Simonyan and Zisserman 2014, "Very deep convolutional networks for large-scale image recognition".
 
-Configurations A, B, D and E of table 1, with the initialisation and state_dict of torchvision, whose pretrained weights
-load: a fused layer keeps the index of its convolution.
+arXiv 1409.1556, configurations A, B, D and E of table 1, with the initialisation and state_dict of torchvision, whose
+pretrained weights load: a fused layer keeps the index of its convolution.
 """
 
 from collections import OrderedDict

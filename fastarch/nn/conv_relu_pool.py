@@ -45,8 +45,8 @@ class ConvReLUPool2d(Pooled, nn.Conv2d):
     """y = pool(relu(conv2d(x) + b)).   x [N, C, H, W] or [C, H, W] -> y [N, K, PH, PW] or [K, PH, PW]
 
     Stands for `Sequential(Conv2d(...), ReLU(), MaxPool2d(pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode))`:
-    the arguments, initialisation and state_dict of `torch.nn.Conv2d` (`weight` [K, C/groups, R, S], `bias` [K]), then by
-    keyword `pool` ("max", "avg" or None), `pool_size`, `pool_stride`, `pool_padding` and `ceil_mode`.
+    the arguments, initialisation and state_dict of `torch.nn.Conv2d` (`weight` [K, C/groups, R, S], `bias` [K]), and by
+    keyword `pool` ("max", "avg" or None), `pool_size`, `pool_stride`, `pool_padding`, `ceil_mode`.
     `fastarch.ops.conv_relu_pool` states precision and errors.
     """
 
@@ -71,8 +71,8 @@ class ConvReLUPool2d(Pooled, nn.Conv2d):
 class ConvReLUPool1d(Pooled, nn.Conv1d):
     """y = pool(relu(conv1d(x) + b)).   x [N, C, W] or [C, W] -> y [N, K, PW] or [K, PW]
 
-    The same in one dimension, on the kernels of two: `Sequential(Conv1d(...), ReLU(), MaxPool1d(...))` with the arguments,
-    initialisation and state_dict of `torch.nn.Conv1d` (`weight` [K, C/groups, S], `bias` [K]).
+    The same in one dimension, on the kernels of two: `Sequential(Conv1d(...), ReLU(), MaxPool1d(...))` with the
+    arguments, initialisation and state_dict of `torch.nn.Conv1d` (`weight` [K, C/groups, S], `bias` [K]).
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ output (`index`, shaped and strided as y):
   none: as max, in a window of 1 x 1
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from fastarch.routing import REFERENCE, Route
 
 MAX_WINDOW = 255  # elements of a max window that one byte can number, 255 itself being taken
 AVG_WINDOW = 8  # elements of an average window that one byte can mark
+LARGEST_FOOTPRINT = 1 << 20  # elements per channel under one output; larger ones are absurdly dilated or strided
 
 GEOMETRY = (
     "int[2] stride, int[2] padding, int[2] dilation, int groups, "
@@ -73,6 +75,11 @@ class Geometry(NamedTuple):
     pool_stride: tuple[int, int]
     pool_padding: tuple[int, int]
     ceil_mode: bool
+
+    def tiles_are_windows(self) -> bool:
+        """Whether the pool takes whole tiles of 2x2, or there is none."""
+        pool = self.pool_size, self.pool_stride, self.pool_padding, self.ceil_mode
+        return self.pool == "none" or pool == ((2, 2), (2, 2), (0, 0), False)
 
     def conv_size(self, size, kernel):
         """[OH, OW] of a convolution over [H, W] with [R, S]."""
@@ -151,11 +158,44 @@ def route(input: Tensor, weight: Tensor, geometry: Geometry) -> Route:
 
 
 def route_cpu(input: Tensor, weight: Tensor, geometry: Geometry) -> Route:
+    """Times in ms: one core of an AVX-512 EPYC (Zen 5), float32, channels_last, 2026-11-20."""
     if extension.cpu is None:
         return Route(REFERENCE, "fastarch._C is not built")
     if input.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return Route(REFERENCE, f"no CPU kernel for {input.dtype}")
-    return Route("direct", "")
+    (K, C, R, S), (stride_h, stride_w) = weight.shape, geometry.stride
+    footprint = (
+        ((geometry.pool_size[i] - 1) * geometry.stride[i] + weight.shape[2 + i] * geometry.dilation[i]) for i in (0, 1)
+    )
+    if math.prod(footprint) > LARGEST_FOOTPRINT:
+        return Route(REFERENCE, "one output looks at more input than a tile holds")
+    if geometry.groups > 1 and K // geometry.groups < 8:  # depthwise 4x64x28x28 k3: direct 0.79, library 0.08
+        return Route("library", "fewer than 8 output channels a group leave vectors empty")
+    if geometry.dilation != (1, 1):  # 4x256x28x28->256 k3 dilation 2: direct 14.5, library 13.3
+        return Route("library" if C >= 128 else "direct", "dilated")
+
+    # Winograd computes tiles of 2x2 outputs; a stride is taken apart into phases: more channels of fewer taps.
+    taps = 3 if R <= 3 * stride_h and S <= 3 * stride_w else 4
+    products, channels = (taps + 1) ** 2 * stride_h * stride_w / 4, C * stride_h * stride_w
+    saves = R <= 4 * stride_h and S <= 4 * stride_w and 1.5 * products <= R * S
+    # 16x8x32x32->64 k3: direct 0.68, winograd 0.54; with 4 input channels 0.41 and 0.42
+    if saves and channels >= 8 and enough_tiles(input, weight, geometry):
+        if taps == 3 and geometry.stride == (1, 1) and (R, S) == (3, 3) and geometry.tiles_are_windows():
+            return Route("winograd", f"16 products instead of {4 * R * S} for 2x2 outputs")
+        # alexnet_conv1: direct 9.8, polyphase 6.6; 8x64x32x32->64 k3 pool 3 stride 2: direct 2.3, polyphase 1.3
+        return Route("polyphase", f"{4 * products:.0f} products instead of {4 * R * S} for 2x2 outputs")
+    return Route("direct", "no algorithm with fewer products pays")
+
+
+def enough_tiles(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether tiles enough pay for the filters' transform: for 16 of them (1x512x7x7->512 k3) 3.0 ms, direct 1.7.
+
+    Compiled graphs, whose batch may be symbolic, must not be specialised to it: they are taken to be large.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    height, width = geometry.conv_size(input.shape[2:], weight.shape[2:])
+    return input.shape[0] * height * width >= 4 * 32
 
 
 def route_cuda(input: Tensor, weight: Tensor, geometry: Geometry) -> Route:
