@@ -8,7 +8,9 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
+#include <atomic>
 
 #include "cpu/memory.h"
 
@@ -91,18 +93,20 @@ at::MemoryFormat memory_format(const Tensor& x) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-// Runs task(i, scratch) for all i, in one parallel region unless the work is too small to pay for one.
+// Runs task(i, scratch) for all i, in one parallel region unless the work is too small to pay for one. Threads take the
+// next task when they are done with one: a core that is slower or busy elsewhere holds up one task, not its share of all.
 template <class Task>
 void parallel(int64_t tasks, int64_t scratch_bytes, double operations, const Task& task) {
   constexpr double WORTH_A_REGION = 1e6;  // waking a second core takes about as long as this many operations
-  const bool serial = operations < WORTH_A_REGION;
+  const int64_t workers = operations < WORTH_A_REGION ? 1 : std::min<int64_t>(tasks, at::get_num_threads());
   const int64_t stride = (scratch_bytes + 63) / 64 * 64;
-  const Tensor scratch = at::empty({(serial ? 1 : at::get_num_threads()) * stride}, at::kByte);
-  const auto run = [&](int64_t begin, int64_t end) {
-    auto* own = scratch.data_ptr<uint8_t>() + (serial ? 0 : at::get_thread_num()) * stride;
-    for (int64_t i = begin; i < end; i++) task(i, own);
-  };
-  serial ? run(0, tasks) : at::parallel_for(0, tasks, 1, run);
+  const Tensor scratch = at::empty({workers * stride}, at::kByte);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; worker++) {
+      for (int64_t i; (i = next++) < tasks;) task(i, scratch.data_ptr<uint8_t>() + worker * stride);
+    }
+  });
 }
 
 double operations(const ConvReluPool& p) { return 2.0 * p.N * p.G * p.K * p.OH * p.OW * p.C * p.R * p.S; }

@@ -44,6 +44,12 @@ struct Taps {
 
 inline int tap_groups(int taps, int stride, int dilation) { return (taps - 1) * dilation / stride / kQuad + 1; }
 
+// The limits that all three kernels have in common.
+inline bool few_taps(const ConvReluPoolShape& s) {
+  return s.C <= kMaxChannels && int64_t{s.R} * s.S <= kMaxTaps && s.C * s.R * s.S <= kMaxTaps &&
+         int64_t{s.stride.w} * tap_groups(s.S, s.stride.w, s.dilation.w) <= kMaxGroups;
+}
+
 inline Taps taps_of(int taps, int stride, int dilation, bool mirrored) {
   Taps row = {};
   row.stride = stride;
@@ -178,6 +184,36 @@ __device__ __forceinline__ int mean_divisor(const ConvReluPoolShape& s, int p, i
   const int top = p * s.pool_stride.h - s.pool_padding.h, left = q * s.pool_stride.w - s.pool_padding.w;
   return min(s.pool_size.h, s.OH + s.pool_padding.h - top) * min(s.pool_size.w, s.OW + s.pool_padding.w - left);
 }
+
+// Walks `step` by `step` through the positions (c, b, a), a first, of a box size_a wide and size_b high, from `start`
+// on. A division is dozens of instructions; this needs them only to begin.
+struct Walk {
+  int size_a, size_b, step_a, step_b, step_c, a, b, c;
+
+  __device__ __forceinline__ Walk(int size_a, int size_b, int start, int step)
+      : size_a(size_a),
+        size_b(size_b),
+        step_a(step % size_a),
+        step_b(step / size_a % size_b),
+        step_c(step / size_a / size_b),
+        a(start % size_a),
+        b(start / size_a % size_b),
+        c(start / size_a / size_b) {}
+
+  __device__ __forceinline__ void advance() {
+    a += step_a;
+    if (a >= size_a) {
+      a -= size_a;
+      ++b;
+    }
+    b += step_b;
+    if (b >= size_b) {
+      b -= size_b;
+      ++c;
+    }
+    c += step_c;
+  }
+};
 
 // Rows and columns of the input that `conv` rows and columns of the convolution see.
 inline Extent seen_by(Extent conv, const ConvReluPoolShape& s) {

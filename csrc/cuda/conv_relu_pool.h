@@ -45,9 +45,10 @@ struct ConvReluPoolBwdWeight {
   void* db;       // contiguous; null if not wanted
 };
 
-// Whether the kernels serve a shape: few channels and taps, and the smallest tile fits shared memory.
+// Whether the kernels serve a shape: few input channels and taps, and the smallest tile fits shared memory.
 bool conv_relu_pool_fwd_fits(const ConvReluPoolShape& shape, Dtype dtype);
-bool conv_relu_pool_bwd_fits(const ConvReluPoolShape& shape, Dtype dtype);
+bool conv_relu_pool_bwd_input_fits(const ConvReluPoolShape& shape, Dtype dtype);
+bool conv_relu_pool_bwd_weight_fits(const ConvReluPoolShape& shape, Dtype dtype);
 
 // Partial sums of dw that the launch below makes: a function of the shape alone, so that dw is the same on every GPU.
 int conv_relu_pool_bwd_weight_partials(const ConvReluPoolShape& shape, Dtype dtype);

@@ -28,6 +28,7 @@ struct FwdPlan {
   int staged;                    // input channels in shared memory at a time
   InputTile input;
   int filter_pitch;            // words from one tap's channels to the next's
+  bool in_registers;           // the windows are pooled there, without a conv tile in shared memory
   int conv_width, conv_plane;  // the conv tile in shared memory: [channels, conv_plane / conv_width, conv_width]
   size_t shared_bytes;
   Taps taps;
@@ -57,48 +58,81 @@ __device__ __forceinline__ void stage_filters(A* filters, const FwdParams& param
   }
 }
 
-// Pool the block's tile of conv, and write y and index.
-template <typename T, typename A>
-__device__ __forceinline__ void pool_tile(const A* conv, const FwdParams& params, int n, int k0, int p0, int q0) {
+// One window on its way to one element of y and of index.
+template <bool AVERAGE, typename A>
+struct Window {
+  A value = 0;
+  unsigned code = AVERAGE ? 0 : 255;
+
+  __device__ __forceinline__ void take(A v, int element) {
+    if (AVERAGE) {
+      if (v <= 0) return;  // NaN passes ReLU
+      value += v;
+      code |= 1u << element;
+    } else if (v > value || v != v) {  // ReLU, first maximum and NaN in one rule, since value starts at 0
+      value = v;
+      code = element;
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void store(const ConvReluPoolFwd& args, int n, int k, int p, int q) {
+    if (AVERAGE) value /= static_cast<A>(mean_divisor(args.shape, p, q));
+    const int64_t* stride = args.y.stride;
+    const int64_t to = n * stride[0] + k * stride[1] + p * stride[2] + q * stride[3];
+    static_cast<T*>(args.y.data)[to] = narrow<T>(value);
+    if (args.index != nullptr) args.index[to] = static_cast<uint8_t>(code);
+  }
+};
+
+// Windows of 2 x 2 that do not overlap: a thread's own 2 x 4 elements of conv are two of them.
+template <typename T, bool AVERAGE, typename A>
+__device__ __forceinline__ void pool_registers(const A (&conv)[kChannels][kRows][kQuad], const FwdParams& params, int n,
+                                               int k0, int p0, int q0, int row, int column) {
+  const ConvReluPoolShape& shape = params.args.shape;
+  const Extent tile = params.plan.tile;
+  const int p = p0 + row / 2;
+  if (row / 2 >= tile.h || p >= shape.PH) return;
+#pragma unroll
+  for (int m = 0; m < kChannels; ++m) {
+    if (k0 + m >= shape.K) return;
+#pragma unroll
+    for (int j = 0; j < kQuad; j += 2) {
+      const int q = q0 + (column + j) / 2;
+      if ((column + j) / 2 >= tile.w || q >= shape.PW) continue;
+      Window<AVERAGE, A> window;
+#pragma unroll
+      for (int element = 0; element < 4; ++element) window.take(conv[m][element / 2][j + element % 2], element);
+      window.template store<T>(params.args, n, k0 + m, p, q);
+    }
+  }
+}
+
+// Any windows, from the block's tile of conv in shared memory. Neighbouring threads write neighbouring elements.
+template <typename T, bool AVERAGE, typename A>
+__device__ __forceinline__ void pool_shared(const A* conv, const FwdParams& params, int n, int k0, int p0, int q0) {
   const ConvReluPoolShape& shape = params.args.shape;
   const FwdPlan& plan = params.plan;
-  const Tensor4& y = params.args.y;
-  const int outputs = plan.tile.h * plan.tile.w;
-  const bool channels_last = y.stride[1] == 1;
-  for (int i = threadIdx.x; i < plan.channels * outputs; i += blockDim.x) {  // neighbours write neighbouring elements
-    const int k = channels_last ? i % plan.channels : i / outputs;
-    const int output = channels_last ? i / plan.channels : i % outputs;
-    const int row = output / plan.tile.w, column = output % plan.tile.w;
+  const bool channels_last = params.args.y.stride[1] == 1;
+  Walk walk(channels_last ? plan.channels : plan.tile.w, channels_last ? plan.tile.w : plan.tile.h, threadIdx.x,
+            blockDim.x);
+  for (int i = threadIdx.x; i < plan.channels * plan.tile.h * plan.tile.w; i += blockDim.x, walk.advance()) {
+    const int k = channels_last ? walk.a : walk.c;
+    const int row = channels_last ? walk.c : walk.b, column = channels_last ? walk.b : walk.a;
     const int p = p0 + row, q = q0 + column;
     if (k0 + k >= shape.K || p >= shape.PH || q >= shape.PW) continue;
 
     const int top = p * shape.pool_stride.h - shape.pool_padding.h;
     const int left = q * shape.pool_stride.w - shape.pool_padding.w;
-    const A* window =
-        conv + k * plan.conv_plane + row * shape.pool_stride.h * plan.conv_width + column * shape.pool_stride.w;
     const int i0 = max(0, -top), i1 = min(shape.pool_size.h, shape.OH - top);
     const int j0 = max(0, -left), j1 = min(shape.pool_size.w, shape.OW - left);
-
-    A result = 0;
-    unsigned code = shape.average ? 0 : 255;
-    for (int wi = i0; wi < i1; ++wi) {
-      for (int wj = j0; wj < j1; ++wj) {
-        const A v = window[wi * plan.conv_width + wj];
-        const int element = wi * shape.pool_size.w + wj;
-        if (shape.average) {
-          const bool passes = !(v <= 0);  // NaN passes ReLU
-          result += passes ? v : A(0);
-          code |= static_cast<unsigned>(passes) << element;
-        } else if (v > result || v != v) {  // ReLU, first maximum and NaN in one rule, since result starts at 0
-          result = v;
-          code = element;
-        }
-      }
+    const A* corner =
+        conv + k * plan.conv_plane + row * shape.pool_stride.h * plan.conv_width + column * shape.pool_stride.w;
+    Window<AVERAGE, A> window;
+    for (int i = i0; i < i1; ++i) {
+      for (int j = j0; j < j1; ++j) window.take(corner[i * plan.conv_width + j], i * shape.pool_size.w + j);
     }
-    if (shape.average) result /= static_cast<A>(mean_divisor(shape, p, q));
-    const int64_t to = n * y.stride[0] + (k0 + k) * y.stride[1] + p * y.stride[2] + q * y.stride[3];
-    static_cast<T*>(y.data)[to] = narrow<T>(result);
-    if (params.args.index != nullptr) params.args.index[to] = static_cast<uint8_t>(code);
+    window.template store<T>(params.args, n, k0 + k, p, q);
   }
 }
 
@@ -123,8 +157,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   const int h0 = (p0 * shape.pool_stride.h - shape.pool_padding.h) * shape.stride.h - shape.padding.h;
   const int w0 = (q0 * shape.pool_stride.w - shape.pool_padding.w) * shape.stride.w - shape.padding.w;
 
-  const int channel = threadIdx.x / plan.lanes * kChannels;
-  const int unit = min(threadIdx.x % plan.lanes, plan.units - 1);  // surplus lanes repeat the last one
+  const int thread = threadIdx.x, lane = thread % plan.lanes;
+  const int channel = thread / plan.lanes * kChannels;
+  const int unit = min(lane, plan.units - 1);  // surplus lanes repeat the last one
   const int row = unit / plan.quads * kRows, column = unit % plan.quads * kQuad;
 
   A sum[kChannels][kRows][kQuad] = {};
@@ -156,24 +191,45 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     __syncthreads();
   }
 
-  if (static_cast<int>(threadIdx.x) % plan.lanes < plan.units) {
-    const T* b = static_cast<const T*>(params.args.b);
+  const T* b = static_cast<const T*>(params.args.b);
+#pragma unroll
+  for (int m = 0; m < kChannels; ++m) {
+    const int k = k0 + channel + m;
+    const A bias = b != nullptr && k < shape.K ? widen(b[k]) : A(0);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) sum[m][i][j] += bias;
+    }
+  }
+  if (plan.in_registers) {
+    if (lane >= plan.units) return;
+    if (shape.average) {
+      pool_registers<T, true>(sum, params, n, k0 + channel, p0, q0, row, column);
+    } else {
+      pool_registers<T, false>(sum, params, n, k0 + channel, p0, q0, row, column);
+    }
+    return;
+  }
+  if (lane < plan.units) {
 #pragma unroll
     for (int m = 0; m < kChannels; ++m) {
-      const int k = k0 + channel + m;
-      const A bias = b != nullptr && k < shape.K ? widen(b[k]) : A(0);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
+        A* to = conv + (channel + m) * plan.conv_plane + (row + i) * plan.conv_width + column;
         Quad<A> quad;
 #pragma unroll
-        for (int j = 0; j < kQuad; ++j) quad.v[j] = sum[m][i][j] + bias;
-        *reinterpret_cast<Quad<A>*>(conv + (channel + m) * plan.conv_plane + (row + i) * plan.conv_width + column) =
-            quad;
+        for (int j = 0; j < kQuad; ++j) quad.v[j] = sum[m][i][j];
+        *reinterpret_cast<Quad<A>*>(to) = quad;
       }
     }
   }
   __syncthreads();
-  pool_tile<T>(conv, params, n, k0, p0, q0);
+  if (shape.average) {
+    pool_shared<T, true>(conv, params, n, k0, p0, q0);
+  } else {
+    pool_shared<T, false>(conv, params, n, k0, p0, q0);
+  }
 }
 
 // A block of `groups` channel groups and one tile of y. Sets `staged` to 0 if that does not fit shared memory.
@@ -196,13 +252,15 @@ FwdPlan plan_of(const ConvReluPoolShape& s, int word_bytes, Extent tile, int gro
   plan.input.size = seen_by(conv, s);
   plan.input.phases = s.stride;
   plan.input.pitch = conflict_free_pitch(plan.conv_width + places / s.stride.w, kRows, plan.conv_width);
-  plan.input.plane = rows * plan.input.pitch;
   plan.filter_pitch = plan.channels % 16 == 8 ? plan.channels : plan.channels + 8;
 
   const int64_t words = kMaxShared / word_bytes;
-  const int64_t input_words = int64_t{s.stride.h} * s.stride.w * rows * plan.input.pitch;
-  const int64_t channel_words = input_words + int64_t{s.R} * places * plan.filter_pitch;
-  const int64_t conv_words = int64_t{plan.channels} * plan.conv_plane;
+  const int64_t plane = int64_t{rows} * plan.input.pitch;
+  plan.input.plane = static_cast<int>(plane);
+  const int64_t channel_words = s.stride.h * s.stride.w * plane + int64_t{s.R} * places * plan.filter_pitch;
+  plan.in_registers = s.pool_size.h == 2 && s.pool_size.w == 2 && s.pool_stride.h == 2 && s.pool_stride.w == 2 &&
+                      s.pool_padding.h == 0 && s.pool_padding.w == 0 && s.PH * 2 <= s.OH && s.PW * 2 <= s.OW;
+  const int64_t conv_words = plan.in_registers ? 0 : int64_t{plan.channels} * plan.conv_plane;
   if (conv_words > words) return plan;
   plan.staged = static_cast<int>(std::min<int64_t>(s.C, words / channel_words));
   plan.shared_bytes = std::max(plan.staged * channel_words, conv_words) * word_bytes;
@@ -216,7 +274,8 @@ int64_t cost_of(const ConvReluPoolShape& s, const FwdPlan& plan) {
   const int64_t taps = int64_t{s.C} * s.R * s.S;
   const int64_t multiply_add = std::max<int64_t>(warps, 4) * taps * (kChannels * kRows * kQuad + 6);
   const int64_t stage = 12 * s.C * plan.input.size.h * plan.input.size.w + 8 * taps * plan.channels;
-  const int64_t pool = plan.channels * plan.tile.h * plan.tile.w * (40 + 8 * s.pool_size.h * s.pool_size.w);
+  const int window = plan.in_registers ? 0 : s.pool_size.h * s.pool_size.w;
+  const int64_t pool = plan.channels * plan.tile.h * plan.tile.w * (30 + 8 * window);
   return (blocks + kMultiprocessors - 1) / kMultiprocessors * (multiply_add + (stage + pool) / kWarp);
 }
 
@@ -255,7 +314,7 @@ template <typename T>
 cudaError_t launch_fwd(const ConvReluPoolFwd& args, cudaStream_t stream) {
   const FwdParams params = {args, plan_fwd(args.shape, sizeof(accumulator<T>))};
   const FwdPlan& plan = params.plan;
-  const int blocks = args.shape.N * plan.tiles.h * plan.tiles.w * plan.channel_blocks;
+  const int64_t blocks = int64_t{args.shape.N} * plan.tiles.h * plan.tiles.w * plan.channel_blocks;
   const int threads = plan.channels / kChannels * plan.lanes;
   return launch(conv_relu_pool_fwd_kernel<T>, blocks, threads, plan.shared_bytes, false, stream, params);
 }
@@ -263,7 +322,7 @@ cudaError_t launch_fwd(const ConvReluPoolFwd& args, cudaStream_t stream) {
 }  // namespace
 
 bool conv_relu_pool_fwd_fits(const ConvReluPoolShape& shape, Dtype dtype) {
-  return plan_of(shape, word_bytes(dtype), {1, 1}, 1).staged > 0;
+  return few_taps(shape) && plan_of(shape, word_bytes(dtype), {1, 1}, 1).staged > 0;
 }
 
 cudaError_t conv_relu_pool_fwd(const ConvReluPoolFwd& args, Dtype dtype, cudaStream_t stream) {

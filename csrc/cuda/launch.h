@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
+#include <limits>
 #include <utility>
 
 #include "cuda/tensor.h"
@@ -73,11 +75,13 @@ __device__ __forceinline__ const T& at(const ConstTensor4& tensor, int64_t i, in
   return static_cast<const T*>(tensor.data)[i * stride[0] + j * stride[1] + k * stride[2] + l * stride[3]];
 }
 
-// Start `kernel` and report whether that worked. `cooperative`: its blocks wait for each other (a grid barrier), so
-// all of them must fit on the device at once.
+// Start `kernel` and report whether that worked; without blocks there is nothing to do. `cooperative`: its blocks wait
+// for each other (a grid barrier), so all of them must fit on the device at once.
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
+cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes, bool cooperative,
                    cudaStream_t stream, Args&&... args) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 48 * 1024) {  // more has to be asked for
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
@@ -87,8 +91,8 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = cooperative;
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
