@@ -30,12 +30,14 @@ struct Geometry {
   bool ceil_mode;
 };
 
+int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+
 int64_t conv_size(int64_t n, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  return (n + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+  return floor_div(n + 2 * padding - dilation * (kernel - 1) - 1, stride) + 1;
 }
 
 int64_t pooled_size(int64_t n, int64_t size, int64_t stride, int64_t padding, bool ceil_mode) {
-  const int64_t windows = (n + 2 * padding - size + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  const int64_t windows = floor_div(n + 2 * padding - size + (ceil_mode ? stride - 1 : 0), stride) + 1;
   return ceil_mode && (windows - 1) * stride >= n + padding ? windows - 1 : windows;
 }
 
