@@ -22,7 +22,7 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case((2, 1, 4, 4), (1, 1, 1, 1), {}),
+    Case((3, 2, 5, 4), (3, 2, 1, 1), {}),
     Case((1, 1, 3, 3), (1, 1, 3, 3), {"pool": None}),
     Case((2, 1, 28, 28), (6, 1, 5, 5), {}),  # LeNet's first
     Case((3, 6, 14, 14), (16, 6, 5, 5), {}),  # and second

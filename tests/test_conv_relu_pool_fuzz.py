@@ -1,0 +1,85 @@
+"""conv_relu_pool on drawn shapes, strides, layouts and options, on integers: every result is exact, or wrong."""
+
+import importlib
+import os
+
+import torch
+from conv_relu_pool_cases import reference_of, run
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+
+op = importlib.import_module("fastarch.ops.conv_relu_pool")
+
+EXAMPLES = int(os.environ.get("FASTARCH_FUZZ_EXAMPLES", "150"))
+
+
+@st.composite
+def problems(draw):
+    """Shapes of x and w, options, whether there is a bias, layout, dtype and seed."""
+
+    def pair(low: int, high: int) -> tuple[int, int]:
+        return draw(st.tuples(st.integers(low, high), st.integers(low, high)))
+
+    kernel, stride = pair(1, 5), pair(1, 3)
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (3, 3)]))
+    if draw(st.booleans()):
+        kernel, stride, dilation = (3, 3), (1, 1), (1, 1)  # Winograd's
+    padding, pool = pair(0, 3), draw(st.sampled_from(["max", "max", "avg", None]))
+    sizes = pair(1, 4) if pool == "max" else draw(st.sampled_from([(1, 1), (2, 4), (4, 2), (1, 2)]))
+    pool_size = draw(st.sampled_from([(2, 2), sizes]))
+    pool_stride = draw(st.sampled_from([None, pair(1, 4)]))
+    pool_padding = tuple(draw(st.integers(0, k // 2)) for k in pool_size)
+
+    size = []
+    for i in (0, 1):  # backwards from a few pooled outputs
+        conv = draw(st.integers(1, 9))
+        if pool:
+            conv = (conv - 1) * (pool_stride or pool_size)[i] + pool_size[i] - 2 * pool_padding[i]
+        under = (conv - 1) * stride[i] + (kernel[i] - 1) * dilation[i] + 1 - 2 * padding[i]
+        size.append(max(1, under + draw(st.integers(0, 2))))
+    groups, channels, filters = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 36))
+    x, w = (draw(st.integers(1, 3)), channels * groups, *size), (filters * groups, channels, *kernel)
+    options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, pool=pool)
+    options |= dict(pool_size=pool_size, pool_stride=pool_stride, pool_padding=pool_padding)
+    options |= dict(ceil_mode=pool == "max" and draw(st.booleans()))  # an average that overhangs may divide by 3
+    layout = draw(st.sampled_from(["contiguous", "channels_last", "sliced"]))
+    return (
+        x,
+        w,
+        options,
+        draw(st.booleans()),
+        layout,
+        draw(st.sampled_from([torch.float32, torch.float64])),
+        draw(st.integers(0, 2**32)),
+    )
+
+
+def laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "sliced":
+        return torch.cat([t, t], -1)[..., ::2].copy_(t)
+    return t.contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(problems())
+def test_results_are_exact(problem):
+    x_shape, w_shape, options, has_bias, layout, dtype, seed = problem
+    torch.manual_seed(seed)
+
+    def integers(shape, multiple: int) -> torch.Tensor:
+        return multiple * torch.randint(-1, 2, shape).to(dtype)
+
+    # multiples that averages over 8 and the filter transform of four taps, over 81, divide without a rest
+    x, w, b = laid_out(integers(x_shape, 1), layout), integers(w_shape, 648), integers(w_shape[:1], 648)
+    b = b if has_bias else None
+    try:
+        geometry = op.check(x, w, b, **options)[1]
+    except ValueError as error:
+        assert "leave a convolution" in str(error)
+        return
+    note(f"{op.route(x, w, geometry)}")
+    reference = reference_of(geometry)
+    grad_output = laid_out(integers(reference(x, w, b).shape, 8), layout)
+    got = run(lambda *t: op.conv_relu_pool(*t, **options), (x, w, b), grad_output)
+    for name, want in run(reference, (x, w, b), grad_output).items():
+        assert torch.equal(got[name], want), name
