@@ -7,57 +7,107 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import peers
 import torch
-
-from floors import measured
+from torch import Tensor, nn
 
 ROUNDS = 15
 ROUND_SECONDS = 0.02  # the least that one provider is timed for in a round
-BUDGET_SECONDS = 20.0  # for all rounds of a case
+BUDGET_SECONDS = 30.0  # for all rounds of a case, three at least
 PAUSE_SECONDS = 0.005  # lets the threads of the provider before stop spinning
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the output's largest value
+
+OURS = "fastarch"
+OURS_CHANNELS_LAST = "fastarch channels_last"
 
 
 class Case(NamedTuple):
-    """One workload: `ours` and `reference` are modules with the same parameters; operations and traffic are the floor's."""
+    """One workload: `ours` and `reference` are modules with equal parameters, called with `inputs`."""
 
     name: str
-    ours: torch.nn.Module
-    reference: torch.nn.Module
-    inputs: tuple[torch.Tensor, ...]
-    flops: float  # of the forward, done directly
-    moved: float  # bytes that the forward must read and write
+    ours: nn.Module
+    reference: nn.Module
+    inputs: tuple[Tensor, ...]
+    flops: float  # of the forward, done directly; a training step is taken as three
+    moved: float  # bytes that the forward must at least read and write
 
 
 class Timing(NamedTuple):
     seconds: float  # median over the rounds
     best: float
-    ratio: float  # median over the rounds of this provider's time by ours
+    ratio: float  # median over the rounds of this provider's time by ours: above 1 we are faster
     ratio_low: float  # quartiles
     ratio_high: float
 
 
-def compare(providers: dict[str, Callable[[], object]], ours: str, rounds: int = ROUNDS) -> dict[str, Timing]:
-    """Interleaved timings; `ours` names the provider that ratios refer to."""
-    calls = {name: calibrate(run) for name, run in providers.items()}
-    times = {name: [] for name in providers}
+def providers(case: Case, mode: str, chosen: list[str]) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """By name, what runs the case once and returns its results: the output, and in training every gradient."""
+    training = mode == "training"
+    inputs = tuple(t.clone().requires_grad_(training) for t in case.inputs)
+    modules = {OURS: (peers.eager, case.ours), OURS_CHANNELS_LAST: (peers.channels_last, case.ours)}
+    modules |= {name: (peers.PEERS[mode][name], case.reference) for name in chosen}
+    return {
+        name: (step if training else inference)(prepare(module, inputs)) for name, (prepare, module) in modules.items()
+    }
+
+
+def inference(call: peers.Call) -> Callable[[], tuple[Tensor, ...]]:
+    def run():
+        with torch.no_grad():
+            return (call.run(),)
+
+    return run
+
+
+def step(call: peers.Call) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward, down to the inputs."""
+    leaves = [*call.inputs, *call.module.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    output = call.run().detach()
+    grad_output = torch.randn(output.shape, generator=generator).to(output).contiguous(memory_format=layout(output))
+
+    def run():
+        y = call.run()
+        return y, *torch.autograd.grad(y, leaves, grad_output)
+
+    return run
+
+
+def layout(t: Tensor) -> torch.memory_format:
+    return torch.channels_last if t.dim() == 4 and not t.is_contiguous() else torch.contiguous_format
+
+
+def check(runs: dict[str, Callable[[], tuple[Tensor, ...]]], truth: str) -> None:
+    """Nothing is timed whose results differ from the reference."""
+    want = runs[truth]()
+    for name, run in runs.items():
+        for i, (a, b) in enumerate(zip(run(), want, strict=True)):
+            error, scale = (a - b).abs().max().item(), b.abs().max().item()
+            if error > TOLERANCE[b.dtype] * scale:
+                raise AssertionError(f"{name}: result {i} is off by {error:.3g} where values reach {scale:.3g}")
+
+
+def time_all(runs: dict[str, Callable[[], object]]) -> dict[str, Timing]:
+    """Interleaved timings; ratios refer to ours."""
+    calls = {name: calls_per_round(run) for name, run in runs.items()}
+    times = {name: [] for name in runs}
     deadline = time.perf_counter() + BUDGET_SECONDS
     gc.disable()
-    for done in range(rounds):
+    for done in range(ROUNDS):
         if done >= 3 and time.perf_counter() > deadline:
             break
-        for name in random.sample(list(providers), len(providers)):
+        for name in random.sample(list(runs), len(runs)):
             time.sleep(PAUSE_SECONDS)
-            providers[name]()  # wakes its threads and warms the caches
+            runs[name]()  # wakes its threads and warms the caches
             start = time.perf_counter()
             for _ in range(calls[name]):
-                providers[name]()
+                runs[name]()
             times[name].append((time.perf_counter() - start) / calls[name])
     gc.enable()
-    return {name: summary(times[name], times[ours]) for name in providers}
+    return {name: summary(times[name], times[OURS]) for name in runs}
 
 
-def calibrate(run: Callable[[], object]) -> int:
-    """How often to call in one round."""
+def calls_per_round(run: Callable[[], object]) -> int:
     run()
     start = time.perf_counter()
     run()
@@ -65,24 +115,19 @@ def calibrate(run: Callable[[], object]) -> int:
 
 
 def summary(times: list[float], ours: list[float]) -> Timing:
-    ratios = [t / o for t, o in zip(times, ours)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = statistics.quantiles([t / o for t, o in zip(times, ours)], n=4)
     return Timing(statistics.median(times), min(times), middle, low, high)
 
 
-def saved_bytes(run: Callable[[], torch.Tensor]) -> int:
-    """What autograd keeps for the backward of run()."""
+def saved_bytes(module: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """What autograd keeps for the backward."""
     kept = {}
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
+    def pack(t: Tensor) -> Tensor:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
+        output = module(*(t.clone().requires_grad_() for t in inputs))
+    del output
     return sum(kept.values())
-
-
-def share_of_floor(seconds: float, flops: float, moved: float) -> float:
-    """The floor's part of a time: 1 is as fast as the machine can be without a better algorithm."""
-    return measured().seconds(flops, moved) / seconds

@@ -1,4 +1,5 @@
 // fastarch._C: how the extension was built, and which instruction set was chosen.
+#include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
@@ -12,5 +13,11 @@ PYBIND11_MODULE(_C, module) {
 #endif
   module.attr("flags") = FASTARCH_KERNEL_FLAGS;
   module.attr("isas") = pybind11::str(fastarch::built_isas()).attr("split")();
-  module.attr("isa") = fastarch::isa_name(fastarch::isa());
+  module.def("isa", [] {
+    try {
+      return fastarch::isa_name(fastarch::isa());
+    } catch (const c10::Error& error) {
+      throw pybind11::value_error(error.what_without_backtrace());
+    }
+  });
 }

@@ -18,3 +18,4 @@ def _load(name: str, consequence: str) -> ModuleType | None:
 
 cpu = _load("fastarch._C", "CPUs run the slow reference")
 cuda = _load("fastarch._cuda", "CUDA devices run Triton only") if cpu else None
+isa = cpu.isa() if cpu else None  # of the CPU kernels; raises where FASTARCH_CPU_ISA names none

@@ -220,7 +220,7 @@ def backend(input: Tensor, algorithm: str) -> str:
     if algorithm == REFERENCE:
         return REFERENCE
     if input.device.type == "cpu":
-        return f"cpu-{extension.cpu.isa} {algorithm}"
+        return f"cpu-{extension.isa} {algorithm}"
     return "cuda direct" if algorithm == "direct" else f"triton {algorithm}"
 
 

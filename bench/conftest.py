@@ -1,0 +1,132 @@
+"""The `compare` fixture, the table and the plot that every benchmark shares."""
+
+import logging
+import statistics
+import warnings
+from pathlib import Path
+
+import harness
+import peers
+import pytest
+import torch
+from floors import measured
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = pytest.StashKey[list[dict]]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastarch")
+    group.addoption("--peers", default="", help="comma-separated; all that are installed by default")
+    group.addoption("--plot", default="", help="write speed-ups as a PNG")
+
+
+def pytest_configure(config):
+    config.stash[RESULTS] = []
+
+
+@pytest.fixture
+def compare(request, benchmark):
+    """compare(case, mode): checks, times and records one case; pytest-benchmark's own figures are ours alone."""
+
+    def run(case: harness.Case, mode: str) -> None:
+        torch._dynamo.reset()
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+        chosen = [p for p in request.config.getoption("peers").split(",") if p] or list(peers.PEERS[mode])
+        runs = harness.providers(case, mode, [name for name in chosen if name in peers.PEERS[mode]])
+        harness.check(runs, "eager" if "eager" in runs else harness.OURS)
+        timings = harness.time_all(runs)
+        benchmark.pedantic(runs[harness.OURS], rounds=5, iterations=harness.calls_per_round(runs[harness.OURS]))
+
+        floors, passes = measured(), 3 if mode == "training" else 1
+        result = {
+            "case": case.name,
+            "mode": mode,
+            "floor_seconds": floors.seconds(passes * case.flops, passes * case.moved),
+            "timings": {name: timing._asdict() for name, timing in timings.items()},
+        }
+        if mode == "training":
+            result["saved_bytes"] = harness.saved_bytes(case.ours, case.inputs)
+            result["eager_saved_bytes"] = harness.saved_bytes(case.reference, case.inputs)
+        benchmark.extra_info.update(
+            result, threads=torch.get_num_threads(), torch=torch.__version__, floors=floors._asdict()
+        )
+        request.config.stash[RESULTS].append(result)
+
+    return run
+
+
+def best_peer(result: dict) -> str:
+    others = {name: t for name, t in result["timings"].items() if not name.startswith(harness.OURS)}
+    return min(others, key=lambda name: others[name]["seconds"])
+
+
+def pytest_terminal_summary(config):
+    results = config.stash[RESULTS]
+    if not results:
+        return
+    floors = measured()
+    console = Console(width=200)
+    console.print(
+        f"\n{torch.get_num_threads()} threads, {floors.flops / 1e9:.0f} GFLOP/s of fused multiply-adds, "
+        f"{floors.bandwidth / 1e9:.0f} GB/s copied; torch {torch.__version__}"
+    )
+    for mode in ("inference", "training"):
+        if chosen := [r for r in results if r["mode"] == mode]:
+            console.print(table(mode, chosen))
+    if path := config.getoption("plot"):
+        plot(results, Path(path))
+
+
+def table(mode: str, results: list[dict]) -> Table:
+    """Milliseconds, our share of the floor, and our speed against the best of the others."""
+    names = list(dict.fromkeys(name for r in results for name in r["timings"]))
+    view = Table(title=f"{mode}: ms, median of the rounds")
+    for column in ("case", *names, "of floor", "against the best", "quartiles", "saved, of eager's"):
+        view.add_column(column, justify="left" if column == "case" else "right")
+    ratios = []
+    for r in results:
+        peer, ours = best_peer(r), r["timings"][harness.OURS]["seconds"]
+        t = r["timings"][peer]
+        ratios.append(t["ratio"])
+        saved = f"{r['saved_bytes'] / r['eager_saved_bytes']:.0%}" if "saved_bytes" in r else ""
+        times = [f"{r['timings'][n]['seconds'] * 1e3:.3g}" if n in r["timings"] else "" for n in names]
+        low, high = (f"{t[q]:.2f}" for q in ("ratio_low", "ratio_high"))
+        share = f"{r['floor_seconds'] / ours:.0%}"
+        view.add_row(r["case"], *times, share, f"{t['ratio']:.2f}x {peer}", f"{low} to {high}", saved)
+    view.caption = (
+        f"geometric mean against the best: {statistics.geometric_mean(ratios):.2f}x, least {min(ratios):.2f}x"
+    )
+    return view
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """Speed-up of fastarch over every provider, by case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    modes = [m for m in ("inference", "training") if any(r["mode"] == m for r in results)]
+    figure, axes = plt.subplots(len(modes), 1, figsize=(11, 4 * len(modes)), squeeze=False, constrained_layout=True)
+    for axis, mode in zip(axes[:, 0], modes):
+        chosen = [r for r in results if r["mode"] == mode]
+        others = [n for n in dict.fromkeys(n for r in chosen for n in r["timings"]) if not n.startswith(harness.OURS)]
+        for i, name in enumerate(others):
+            t = [r["timings"][name] for r in chosen]
+            x = [j + (i - (len(others) - 1) / 2) * 0.8 / len(others) for j in range(len(chosen))]
+            spread = [
+                [max(0, v["ratio"] - v["ratio_low"]) for v in t],
+                [max(0, v["ratio_high"] - v["ratio"]) for v in t],
+            ]
+            axis.bar(
+                x, [v["ratio"] for v in t], 0.8 / len(others), yerr=spread, label=name, error_kw={"linewidth": 0.8}
+            )
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set(yscale="log", ylabel="times as long as fastarch", title=mode)
+        axis.set_xticks(range(len(chosen)), [r["case"] for r in chosen], rotation=20)
+        axis.legend(ncols=len(others), fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

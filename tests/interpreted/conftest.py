@@ -1,0 +1,32 @@
+"""The Triton kernels themselves, executed on the CPU by Triton's interpreter, in a process of their own:
+
+    TRITON_INTERPRET=1 pytest tests/interpreted
+"""
+
+import numpy as np
+import pytest
+import triton
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+
+
+@triton.jit
+def probe():
+    pass
+
+
+if not isinstance(probe, InterpretedFunction):
+    raise pytest.UsageError(
+        "tests/interpreted needs TRITON_INTERPRET=1 before Triton is imported: TRITON_INTERPRET=1 pytest tests/interpreted"
+    )
+
+
+def dot(builder, a, b, acc, input_precision, max_num_imprecise_acc):
+    """The interpreter keeps bfloat16 as its bits, and its own dot multiplies those; here they are widened first."""
+    a, b = (
+        (t.data.astype(np.uint32) << 16).view(np.float32) if t.dtype.scalar.is_bf16() else t.data.astype(np.float32)
+        for t in (a, b)
+    )
+    return TensorHandle(np.matmul(a, b) + acc.data, acc.dtype.scalar)
+
+
+InterpreterBuilder.create_dot = dot
