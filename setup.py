@@ -1,6 +1,7 @@
 """Builds fastarch: the CPU kernels once per instruction set, fastarch._C around them, and fastarch._cuda where it can.
 
-Environment: CXX; FASTARCH_CUDA=0|1 forces the CUDA extension off or on; TORCH_CUDA_ARCH_LIST names its architectures.
+Environment: CXX; FASTARCH_CUDA=0|1 forces the CUDA extension off or on; TORCH_CUDA_ARCH_LIST names its architectures;
+FASTARCH_SANITIZE=1 builds the C++ with AddressSanitizer and UndefinedBehaviorSanitizer (make sanitize).
 """
 
 import os
@@ -35,6 +36,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
 OPTIMISE = ["-std=c++20", "-O2", "-fvisibility=hidden"]
+# -O1: instrumented, the unrolled loops of the kernels take minutes a file to optimise
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = SANITIZE if os.environ.get("FASTARCH_SANITIZE") == "1" else []
 
 
 def cuda_wanted() -> bool:
@@ -57,7 +61,8 @@ def cpu_extension() -> Extension:
         ["csrc/module.cpp", *sources],
         include_dirs=[str(Path("csrc").resolve())],
         define_macros=macros,
-        extra_compile_args=[*OPTIMISE, *openmp],
+        extra_compile_args=[*OPTIMISE, *SANITIZE, *openmp],
+        extra_link_args=SANITIZE,
         depends=[str(p) for p in Path("csrc").rglob("*.h")],
     )
 
@@ -78,7 +83,7 @@ def kernel_object(isa: str, source: Path, folder: Path) -> str:
     """Compile one kernel source for one instruction set."""
     target = folder / f"{source.stem}_{isa}.o"
     if newer_group([str(source), *map(str, Path("csrc").rglob("*.h")), "setup.py"], str(target)):
-        flags = [*KERNEL_FLAGS, *WARNINGS, *INSTRUCTION_SETS[isa], f"-DFASTARCH_ISA={isa}", "-Icsrc"]
+        flags = [*KERNEL_FLAGS, *WARNINGS, *SANITIZE, *INSTRUCTION_SETS[isa], f"-DFASTARCH_ISA={isa}", "-Icsrc"]
         command = [cpp_extension.get_cxx_compiler(), *flags, "-c", str(source), "-o", str(target)]
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)

@@ -1,6 +1,6 @@
 """Which kernel serves a call, and why. `fastarch.explain` reads what the operations note here."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -51,9 +51,12 @@ def recording() -> Iterator[list[Call]]:
         _calls = before
 
 
-def record(operation: str, backend: str, reason: str, **tensors: torch.Tensor) -> None:
+def record(
+    operation: str, backend: Callable[[str, str], str], device: str, kernel: str, reason: str, **tensors
+) -> None:
     if _calls is not None:
-        _calls.append(Call(operation, backend, reason, {name: tuple(t.shape) for name, t in tensors.items()}))
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        _calls.append(Call(operation, backend(device, kernel), reason, shapes))
 
 
 def reference_reason() -> str | None:

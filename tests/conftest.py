@@ -4,6 +4,16 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--forbid-skips", action="store_true", help="fail if anything was skipped: for CI")
+
+
+def pytest_sessionfinish(session):
+    skipped = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    if session.config.getoption("forbid_skips") and skipped:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fills torch.empty with NaN and the largest integers: what a kernel forgets to write shows."""

@@ -1,11 +1,14 @@
 """Shapes and options that conv_relu_pool is tested on, and the results to hold it against."""
 
+import importlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastarch.ref.conv_relu_pool import conv_relu_pool as reference
+
+op = importlib.import_module("fastarch.ops.conv_relu_pool")  # the module, not the function of its name
 
 
 class Case(NamedTuple):
@@ -93,3 +96,13 @@ def double(tensors) -> list[Tensor | None]:
 
 def reference_of(geometry):
     return lambda x, w, b: reference(x, w, b, *geometry)
+
+
+def plan_of(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> op.Plan:
+    options = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "pool": "max", "pool_size": 2}
+    options |= {"pool_stride": None, "pool_padding": 0, "ceil_mode": False} | case.options
+    return op.make_plan(device, dtype, case.x, case.w, **options)
+
+
+def geometry_of(case: Case) -> op.Geometry:
+    return plan_of(case).geometry

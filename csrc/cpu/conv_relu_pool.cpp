@@ -45,46 +45,60 @@ Strides4 strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.strid
 
 ElementType element_type(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return FLOAT32;
-    case at::kDouble: return FLOAT64;
-    case at::kBFloat16: return BFLOAT16;
-    case at::kHalf: return FLOAT16;
-    default: TORCH_CHECK_TYPE(false, "conv_relu_pool: want float32, float64, bfloat16 or float16, got ", t.scalar_type());
+    case at::kFloat:
+      return FLOAT32;
+    case at::kDouble:
+      return FLOAT64;
+    case at::kBFloat16:
+      return BFLOAT16;
+    case at::kHalf:
+      return FLOAT16;
+    default:
+      TORCH_CHECK_TYPE(false, "conv_relu_pool: want float32, float64, bfloat16 or float16, got ", t.scalar_type());
   }
 }
 
 // The public function in Python explains bad arguments; these checks keep a direct call of the operation in bounds.
 ConvReluPool problem(const Tensor& x, const Tensor& weight, const Geometry& g) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 4, "conv_relu_pool: want input [N, C, H, W] and weight [K, C/groups, R, S], got ",
-                    x.sizes(), " and ", weight.sizes());
-  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type(), "conv_relu_pool: input is ", x.scalar_type(), ", weight is ", weight.scalar_type());
-  TORCH_CHECK_VALUE(g.groups > 0 && weight.size(0) % g.groups == 0 && x.size(1) == weight.size(1) * g.groups && weight.numel() > 0,
-                    "conv_relu_pool: want weight [K, C/groups, R, S] for input ", x.sizes(), " and groups ", g.groups, ", got ", weight.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 4,
+                    "conv_relu_pool: want input [N, C, H, W] and weight [K, C/groups, R, S], got ", x.sizes(), " and ",
+                    weight.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type(), "conv_relu_pool: input is ", x.scalar_type(),
+                   ", weight is ", weight.scalar_type());
+  TORCH_CHECK_VALUE(
+      g.groups > 0 && weight.size(0) % g.groups == 0 && x.size(1) == weight.size(1) * g.groups && weight.numel() > 0,
+      "conv_relu_pool: want weight [K, C/groups, R, S] for input ", x.sizes(), " and groups ", g.groups, ", got ",
+      weight.sizes());
   const auto all_at_least = [](IntArrayRef values, int64_t least) {
-    return values.size() == 2 && values[0] >= least && values[1] >= least;
+    constexpr int64_t MOST = int64_t(1) << 30;  // keeps products of two in range
+    return values.size() == 2 && std::min(values[0], values[1]) >= least && std::max(values[0], values[1]) <= MOST;
   };
-  TORCH_CHECK_VALUE(all_at_least(g.stride, 1) && all_at_least(g.padding, 0) && all_at_least(g.dilation, 1) && all_at_least(g.pool_size, 1) &&
-                        all_at_least(g.pool_stride, 1) && all_at_least(g.pool_padding, 0) && 2 * g.pool_padding[0] <= g.pool_size[0] &&
-                        2 * g.pool_padding[1] <= g.pool_size[1],
-                    "conv_relu_pool: want stride, dilation, pool_size, pool_stride >= 1 and 0 <= 2 pool_padding <= pool_size");
+  TORCH_CHECK_VALUE(
+      all_at_least(g.stride, 1) && all_at_least(g.padding, 0) && all_at_least(g.dilation, 1) &&
+          all_at_least(g.pool_size, 1) && all_at_least(g.pool_stride, 1) && all_at_least(g.pool_padding, 0) &&
+          2 * g.pool_padding[0] <= g.pool_size[0] && 2 * g.pool_padding[1] <= g.pool_size[1],
+      "conv_relu_pool: want stride, dilation, pool_size, pool_stride >= 1 and 0 <= 2 pool_padding <= pool_size");
   const bool average = g.pool == "avg";
-  TORCH_CHECK_VALUE(average || g.pool == "max" || g.pool == "none", "conv_relu_pool: want pool max, avg or none, got ", g.pool);
-  TORCH_CHECK_VALUE(g.pool_size[0] * g.pool_size[1] <= (average ? AVG_WINDOW : MAX_WINDOW), "conv_relu_pool: pool window ", g.pool_size, " is too large");
+  TORCH_CHECK_VALUE(average || g.pool == "max" || g.pool == "none", "conv_relu_pool: want pool max, avg or none, got ",
+                    g.pool);
+  TORCH_CHECK_VALUE(g.pool_size[0] * g.pool_size[1] <= (average ? AVG_WINDOW : MAX_WINDOW),
+                    "conv_relu_pool: pool window ", g.pool_size, " is too large");
 
   ConvReluPool p{};
   p.N = x.size(0), p.G = g.groups, p.C = weight.size(1), p.H = x.size(2), p.W = x.size(3);
   p.K = weight.size(0) / g.groups, p.R = weight.size(2), p.S = weight.size(3);
   p.stride_h = g.stride[0], p.stride_w = g.stride[1], p.padding_h = g.padding[0], p.padding_w = g.padding[1];
   p.dilation_h = g.dilation[0], p.dilation_w = g.dilation[1];
-  p.pool_h = g.pool_size[0], p.pool_w = g.pool_size[1], p.pool_stride_h = g.pool_stride[0], p.pool_stride_w = g.pool_stride[1];
+  p.pool_h = g.pool_size[0], p.pool_w = g.pool_size[1], p.pool_stride_h = g.pool_stride[0],
+  p.pool_stride_w = g.pool_stride[1];
   p.pool_padding_h = g.pool_padding[0], p.pool_padding_w = g.pool_padding[1];
   p.average = average;
   p.OH = conv_size(p.H, p.R, p.stride_h, p.padding_h, p.dilation_h);
   p.OW = conv_size(p.W, p.S, p.stride_w, p.padding_w, p.dilation_w);
   p.PH = pooled_size(p.OH, p.pool_h, p.pool_stride_h, p.pool_padding_h, g.ceil_mode);
   p.PW = pooled_size(p.OW, p.pool_w, p.pool_stride_w, p.pool_padding_w, g.ceil_mode);
-  TORCH_CHECK_VALUE(p.OH > 0 && p.OW > 0 && p.PH > 0 && p.PW > 0, "conv_relu_pool: input ", x.sizes(), " and weight ", weight.sizes(),
-                    " leave nothing to compute");
+  TORCH_CHECK_VALUE(p.OH > 0 && p.OW > 0 && p.PH > 0 && p.PW > 0, "conv_relu_pool: input ", x.sizes(), " and weight ",
+                    weight.sizes(), " leave nothing to compute");
   p.threads = at::get_num_threads();
   return p;
 }
@@ -96,7 +110,8 @@ at::MemoryFormat memory_format(const Tensor& x) {
 }
 
 // Runs task(i, scratch) for all i, in one parallel region unless the work is too small to pay for one. Threads take the
-// next task when they are done with one: a core that is slower or busy elsewhere holds up one task, not its share of all.
+// next task when they are done with one: a core that is slower or busy elsewhere holds up one task, not its share of
+// all.
 template <class Task>
 void parallel(int64_t tasks, int64_t scratch_bytes, double operations, const Task& task) {
   constexpr double WORTH_A_REGION = 1e6;  // waking a second core takes about as long as this many operations
@@ -122,26 +137,33 @@ const ConvReluPoolFwds& forward(const ConvReluPool& p, std::string_view algorith
                       "conv_relu_pool: polyphase wants dilation 1 and a filter of at most 4 strides");
     return FASTARCH_SELECT(conv_relu_pool_polyphase);
   }
-  TORCH_CHECK_VALUE(algorithm == "winograd", "conv_relu_pool: want algorithm direct, winograd, polyphase or library on CPUs, got ", algorithm);
-  const bool tiles_are_windows = p.pool_h == 2 && p.pool_w == 2 && p.pool_stride_h == 2 && p.pool_stride_w == 2 && !p.pool_padding_h &&
-                                 !p.pool_padding_w && p.PH == p.OH / 2 && p.PW == p.OW / 2;
+  TORCH_CHECK_VALUE(algorithm == "winograd",
+                    "conv_relu_pool: want algorithm direct, winograd, polyphase or library on CPUs, got ", algorithm);
+  const bool tiles_are_windows = p.pool_h == 2 && p.pool_w == 2 && p.pool_stride_h == 2 && p.pool_stride_w == 2 &&
+                                 !p.pool_padding_h && !p.pool_padding_w && p.PH == p.OH / 2 && p.PW == p.OW / 2;
   const bool unpooled = p.pool_h == 1 && p.pool_w == 1 && p.PH == p.OH && p.PW == p.OW && !p.average;
-  TORCH_CHECK_VALUE(undilated && p.R == 3 && p.S == 3 && p.stride_h == 1 && p.stride_w == 1 && (tiles_are_windows || unpooled),
-                    "conv_relu_pool: winograd wants a 3x3 filter, stride and dilation 1, and a pool of 2x2 or none");
+  TORCH_CHECK_VALUE(
+      undilated && p.R == 3 && p.S == 3 && p.stride_h == 1 && p.stride_w == 1 && (tiles_are_windows || unpooled),
+      "conv_relu_pool: winograd wants a 3x3 filter, stride and dilation 1, and a pool of 2x2 or none");
   return FASTARCH_SELECT(conv_relu_pool_winograd);
 }
 
-std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
-                                              IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view pool,
-                                              IntArrayRef pool_size, IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
+std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                              IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                              int64_t groups, std::string_view pool, IntArrayRef pool_size,
+                                              IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
                                               std::string_view algorithm, bool save_index) {
-  ConvReluPool p = problem(x, weight, {stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode});
+  ConvReluPool p =
+      problem(x, weight, {stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode});
   const ElementType type = element_type(x);
-  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "conv_relu_pool: want bias [", weight.size(0), "]");
-  TORCH_CHECK_TYPE(!bias || bias->scalar_type() == x.scalar_type(), "conv_relu_pool: input is ", x.scalar_type(), ", bias is ", bias->scalar_type());
+  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "conv_relu_pool: want bias [",
+                    weight.size(0), "]");
+  TORCH_CHECK_TYPE(!bias || bias->scalar_type() == x.scalar_type(), "conv_relu_pool: input is ", x.scalar_type(),
+                   ", bias is ", bias->scalar_type());
 
   const Tensor y = advise_huge_pages(at::empty({p.N, p.G * p.K, p.PH, p.PW}, x.options(), memory_format(x)));
-  const Tensor index = save_index ? advise_huge_pages(at::empty_like(y, at::kByte)) : at::empty({0}, x.options().dtype(at::kByte));
+  const Tensor index =
+      save_index ? advise_huge_pages(at::empty_like(y, at::kByte)) : at::empty({0}, x.options().dtype(at::kByte));
   p.x = strides_of(x), p.y = strides_of(y);
   if (save_index) p.index = strides_of(index);
   if (y.numel() == 0) return {y, index};
@@ -151,11 +173,13 @@ std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& wei
 
   if (algorithm == "library") {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Tensor conv = at::convolution(x.contiguous(at::MemoryFormat::ChannelsLast), filters, bias, stride, padding, dilation, false, {0, 0}, groups)
+    const Tensor conv = at::convolution(x.contiguous(at::MemoryFormat::ChannelsLast), filters, bias, stride, padding,
+                                        dilation, false, {0, 0}, groups)
                             .contiguous(at::MemoryFormat::ChannelsLast);
     const ConvReluPoolFwd& kernel = FASTARCH_SELECT(conv_relu_pool_library).of[type];
-    parallel(kernel.tasks(p), kernel.scratch_bytes(p), double(conv.numel()),
-             [&](int64_t task, void* scratch) { kernel.run(p, conv.const_data_ptr(), nullptr, y.data_ptr(), at, task, scratch); });
+    parallel(kernel.tasks(p), kernel.scratch_bytes(p), double(conv.numel()), [&](int64_t task, void* scratch) {
+      kernel.run(p, conv.const_data_ptr(), nullptr, y.data_ptr(), at, task, scratch);
+    });
     return {y, index};
   }
   const ConvReluPoolFwd& kernel = forward(p, algorithm).of[type];
@@ -169,17 +193,21 @@ std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& wei
   return {y, index};
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& index,
-                                                      IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                                                      std::string_view pool, IntArrayRef pool_size, IntArrayRef pool_stride,
-                                                      IntArrayRef pool_padding, bool ceil_mode, std::string_view, std::array<bool, 3> wanted) {
-  ConvReluPool p = problem(x, weight, {stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode});
+std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                      const Tensor& index, IntArrayRef stride, IntArrayRef padding,
+                                                      IntArrayRef dilation, int64_t groups, std::string_view pool,
+                                                      IntArrayRef pool_size, IntArrayRef pool_stride,
+                                                      IntArrayRef pool_padding, bool ceil_mode, std::string_view,
+                                                      std::array<bool, 3> wanted) {
+  ConvReluPool p =
+      problem(x, weight, {stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode});
   const ElementType type = element_type(x);
   const std::array<int64_t, 4> output{p.N, p.G * p.K, p.PH, p.PW};
-  TORCH_CHECK_VALUE(dy.sizes() == IntArrayRef(output) && index.sizes() == IntArrayRef(output), "conv_relu_pool: want grad_output and index ", IntArrayRef(output), ", got ", dy.sizes(),
-                    " and ", index.sizes());
-  TORCH_CHECK_TYPE(dy.scalar_type() == x.scalar_type() && index.scalar_type() == at::kByte, "conv_relu_pool: input is ", x.scalar_type(),
-                   ", grad_output is ", dy.scalar_type(), ", index is ", index.scalar_type());
+  TORCH_CHECK_VALUE(dy.sizes() == IntArrayRef(output) && index.sizes() == IntArrayRef(output),
+                    "conv_relu_pool: want grad_output and index ", IntArrayRef(output), ", got ", dy.sizes(), " and ",
+                    index.sizes());
+  TORCH_CHECK_TYPE(dy.scalar_type() == x.scalar_type() && index.scalar_type() == at::kByte, "conv_relu_pool: input is ",
+                   x.scalar_type(), ", grad_output is ", dy.scalar_type(), ", index is ", index.scalar_type());
   const auto [want_x, want_weight, want_bias] = wanted;
   const auto fresh = [&](bool want, IntArrayRef sizes, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
     return advise_huge_pages(want ? at::empty(sizes, x.options(), format) : at::empty({0}, x.options()));
@@ -194,10 +222,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Te
     const ConvReluPoolBwdWeight& kernel = FASTARCH_SELECT(conv_relu_pool_bwd_weight).of[type];
     const Tensor sums = advise_huge_pages(at::empty({kernel.sums_bytes(p)}, x.options().dtype(at::kByte)));
     parallel(kernel.tasks(p), kernel.scratch_bytes(p), operations(p), [&](int64_t task, void* scratch) {
-      kernel.run(p, x.const_data_ptr(), dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), sums.data_ptr(), task, scratch);
+      kernel.run(p, x.const_data_ptr(), dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), sums.data_ptr(), task,
+                 scratch);
     });
     parallel(p.G * p.K, 0, 16.0 * weight.numel(), [&](int64_t channel, void*) {
-      kernel.finish(p, sums.data_ptr(), want_weight ? dw.data_ptr() : nullptr, want_bias ? db.data_ptr() : nullptr, channel);
+      kernel.finish(p, sums.data_ptr(), want_weight ? dw.data_ptr() : nullptr, want_bias ? db.data_ptr() : nullptr,
+                    channel);
     });
   }
   if (want_x) {
@@ -208,7 +238,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Te
     parallel(kernel.pack_tasks(p), 0, 16.0 * weight.numel(),
              [&](int64_t task, void*) { kernel.pack(p, filters.const_data_ptr(), packed.data_ptr(), task); });
     parallel(kernel.tasks(p), kernel.scratch_bytes(p), operations(p), [&](int64_t task, void* scratch) {
-      kernel.run(p, packed.data_ptr(), dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), dx.data_ptr(), task, scratch);
+      kernel.run(p, packed.data_ptr(), dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), dx.data_ptr(), task,
+                 scratch);
     });
   }
   return {dx, dw, db};

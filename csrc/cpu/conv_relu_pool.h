@@ -70,9 +70,9 @@ struct ConvReluPoolBwdInputs {
   ConvReluPoolBwdInput of[ELEMENT_TYPES];
 };
 
-FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_direct);    // any convolution
-FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_winograd);  // 3x3, stride 1, dilation 1; max pool 2x2 or none
+FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_direct);     // any convolution
+FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_winograd);   // 3x3, stride 1, dilation 1; max pool 2x2 or none
 FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_polyphase);  // up to 4 taps per step of the stride, dilation 1
-FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_library);   // x is a finished convolution [N, OH, OW, G * K]
+FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_library);    // x is a finished convolution [N, OH, OW, G * K]
 FASTARCH_DECLARE(ConvReluPoolBwdWeights, conv_relu_pool_bwd_weight);
 FASTARCH_DECLARE(ConvReluPoolBwdInputs, conv_relu_pool_bwd_input);

@@ -1,5 +1,5 @@
-// Gradient of conv_relu_pool's input: patch(dx, place) += sum over k  g * w[k], for the output channels k whose gradient
-// g stands at that place of the convolution.
+// Gradient of conv_relu_pool's input: patch(dx, place) += sum over k  g * w[k], for the output channels k whose
+// gradient g stands at that place of the convolution.
 //
 // A task owns some blocks of input channels and some rows of one image. Bands of pooled rows scatter into a tile that
 // slides down the image; at each place the filters that meet it add up in registers before the tile is touched.
@@ -18,10 +18,10 @@ struct BwdInput {
 
   struct Plan {
     Patch patch;
-    int64_t filters;                     // output channels of a group, padded to whole masks
-    int64_t block_parts;                 // tasks over blocks of channels
-    int64_t rows, bands;                 // pooled rows of a band, bands
-    int64_t tile_rows, step, columns;    // rows of the tile, by which it slides per band; its columns
+    int64_t filters;                       // output channels of a group, padded to whole masks
+    int64_t block_parts;                   // tasks over blocks of channels
+    int64_t rows, bands;                   // pooled rows of a band, bands
+    int64_t tile_rows, step, columns;      // rows of the tile, by which it slides per band; its columns
     int64_t splits, bands_of_split, halo;  // tasks over rows; earlier bands that reach into a split's first row
     int64_t tile_elements;
 
@@ -140,7 +140,8 @@ struct BwdInput {
                   int64_t task, void* scratch) {
     const Plan plan(p);
     const Patch& patch = plan.patch;
-    const int64_t begin = task % plan.splits * plan.bands_of_split, end = least(begin + plan.bands_of_split, plan.bands);
+    const int64_t begin = task % plan.splits * plan.bands_of_split,
+                  end = least(begin + plan.bands_of_split, plan.bands);
     task /= plan.splits;
     const int64_t block0 = task % plan.block_parts * TASK_BLOCKS, blocks = least(TASK_BLOCKS, patch.blocks - block0);
     task /= plan.block_parts;
@@ -159,7 +160,8 @@ struct BwdInput {
       load_band(p, plan, ph, rows, static_cast<const Storage*>(dy) + n * p.y.n + group * p.K * p.y.c,
                 index + n * p.index.n + group * p.K * p.index.c, gradient, at);
       const Band band{p, plan, rows, gradient, at};
-      const int64_t top = (ph * p.pool_stride_h - p.pool_padding_h) * p.stride_h - p.padding_h;  // dx's row of the tile's
+      const int64_t top =
+          (ph * p.pool_stride_h - p.pool_padding_h) * p.stride_h - p.padding_h;  // dx's row of the tile's
       const int64_t finished = b + 1 == plan.bands ? p.H - top : plan.step;
       for (int64_t block = 0; block < blocks; block++) {
         const int64_t c0 = (block0 + block) * patch.channels, live = least(patch.channels, p.C - c0);
@@ -168,8 +170,10 @@ struct BwdInput {
           for (int64_t r = 0; r < runs; r++) starts[r] = patch.runs.offset(p, first + r, row, patch.channels);
           const auto add_patches = patch_function<BwdInput>(runs, patch.vectors);
           const T* filters = static_cast<const T*>(packed) +
-                             (group * patch.blocks + block0 + block) * p.K * patch.elements(L) + first * patch.vectors * L;
-          for (int64_t k = 0; k < p.K; k += FILTERS) add_patches(band, k, starts, filters + k * patch.elements(L), tile);
+                             (group * patch.blocks + block0 + block) * p.K * patch.elements(L) +
+                             first * patch.vectors * L;
+          for (int64_t k = 0; k < p.K; k += FILTERS)
+            add_patches(band, k, starts, filters + k * patch.elements(L), tile);
         });
         if (b < begin) continue;
         Storage* to = static_cast<Storage*>(dx) + n * p.x.n + (group * p.C + c0) * p.x.c;

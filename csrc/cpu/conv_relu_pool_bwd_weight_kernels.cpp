@@ -141,7 +141,8 @@ struct BwdWeight {
     T* gradient = tile + plan.tile_elements;
     auto* offset = reinterpret_cast<int32_t*>(gradient + TASK_FILTERS * plan.list_length);
     const int64_t row = plan.tile.input_columns * patch.channels;
-    const int64_t row_step = p.pool_stride_h * p.stride_h * row, column_step = p.pool_stride_w * p.stride_w * patch.channels;
+    const int64_t row_step = p.pool_stride_h * p.stride_h * row,
+                  column_step = p.pool_stride_w * p.stride_w * patch.channels;
     int32_t place[256] = {};
     for (int64_t i = 0; i < p.pool_h * p.pool_w; i++) {
       place[i] = int32_t(i / p.pool_w * p.stride_h * row + i % p.pool_w * p.stride_w * patch.channels);

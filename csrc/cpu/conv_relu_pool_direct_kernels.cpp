@@ -1,7 +1,8 @@
-// conv_relu_pool, directly: conv[i, j, k] = b[k] + sum_{r, s, c} x[i, j; r, s, c] w[r, s, c; k], pooled before it leaves.
+// conv_relu_pool, directly: conv[i, j, k] = b[k] + sum_{r, s, c} x[i, j; r, s, c] w[r, s, c; k], pooled before it
+// leaves.
 //
-// A task is a band of pooled rows of one image. Its input lies in a padded tile, of which blocks of positions x channels
-// read broadcasts and accumulate in registers; rows of the convolution go through the pool's ring.
+// A task is a band of pooled rows of one image. Its input lies in a padded tile, of which blocks of positions x
+// channels read broadcasts and accumulate in registers; rows of the convolution go through the pool's ring.
 #include "cpu/conv_relu_pool_tile.h"
 #include "cpu/conv_relu_pool_window.h"
 #include "cpu/product.h"
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int64_t TILE_BYTES = 768 << 10;  // of input in one band: most of a 1 MB second-level cache
 constexpr int64_t PART_TERMS = 512;        // of a sum that are added up in one chain
-constexpr int64_t LONG_RUN = 7;            // taps (s) from which planes are faster: at 5 they took 15 % more, at 7 5 % less
+constexpr int64_t LONG_RUN = 7;  // taps (s) from which planes are faster: at 5 they took 15 % more, at 7 5 % less
 
 template <class Storage>
 struct Direct {
@@ -33,7 +34,8 @@ struct Direct {
         tap_row = p.C * p.S, tap_channel = p.S, tap = 1;
       } else {  // interleaved: runs (s, c) for each r, or (c) for each (r, s) of a dilated filter
         column = p.C, channel = 1;
-        inner = p.dilation_w == 1 ? 1 : p.S, inner_step = p.dilation_w * p.C, length = p.dilation_w == 1 ? p.S * p.C : p.C;
+        inner = p.dilation_w == 1 ? 1 : p.S, inner_step = p.dilation_w * p.C,
+        length = p.dilation_w == 1 ? p.S * p.C : p.C;
         tap_row = p.S * p.C, tap_channel = 1, tap = p.C;
       }
     }
@@ -61,7 +63,8 @@ struct Direct {
     }
     T* b = filters + vectors(p) * L * taps(p) + k0;
     for (int64_t k = 0; k < L; k++) {
-      b[k] = bias && k < live ? Convert<T, Storage>::from(static_cast<const Storage*>(bias)[group * p.K + k0 + k]) : T(0);
+      b[k] =
+          bias && k < live ? Convert<T, Storage>::from(static_cast<const Storage*>(bias)[group * p.K + k0 + k]) : T(0);
     }
   }
 
@@ -84,11 +87,11 @@ struct Direct {
     return (tile_elements(p) + pool_rows_scratch<1, T>(p, 2 * L)) * sizeof(T);
   }
 
-  // ROWS positions of one row of the convolution, V vectors of channels: out [ROWS][V * L]. Long sums are taken in parts,
-  // because a chain of thousands of terms loses digits that a library, which takes parts as well, keeps.
+  // ROWS positions of one row of the convolution, V vectors of channels: out [ROWS][V * L]. Long sums are taken in
+  // parts, because a chain of thousands of terms loses digits that a library, which takes parts as well, keeps.
   template <int ROWS, int V>
-  static void convolve_block(const Layout& layout, const T* tile, int64_t step, const T* w, int64_t w_step, const T* bias,
-                             T* out) {
+  static void convolve_block(const Layout& layout, const T* tile, int64_t step, const T* w, int64_t w_step,
+                             const T* bias, T* out) {
     const int64_t part = most(1, PART_TERMS / (layout.inner * layout.length));
     for (int64_t begin = 0; begin < layout.outer; begin += part) {
       Vec<T> acc[ROWS][V];
@@ -125,14 +128,14 @@ struct Direct {
 
   template <int V, class Pool>
   static void run_vectors(const ConvReluPool& p, const Layout& layout, int64_t begin, int64_t end, const T* tile,
-                          int64_t top, const T* w, const T* bias, int64_t live, T* scratch, Storage* y, uint8_t* index) {
+                          int64_t top, const T* w, const T* bias, int64_t live, T* scratch, Storage* y,
+                          uint8_t* index) {
     const int64_t step = p.stride_w * layout.column;
     const auto convolve = [&](int64_t row, const Ring<T>& ring) {
       const T* from = tile + (row * p.stride_h - top) * layout.row;
       for (int64_t i = 0, n; i < p.OW; i += n) {
         n = balanced_rows(p.OW - i);
-        block_of<V>(n)(layout, from + i * step, step, w, taps(p) * L, bias,
-                       ring[row] + i * V * L);
+        block_of<V>(n)(layout, from + i * step, step, w, taps(p) * L, bias, ring[row] + i * V * L);
       }
     };
     pool_rows<1, Pool>(p, begin, end, V * L, live, convolve, scratch, y, index);
@@ -165,8 +168,9 @@ struct Direct {
       Storage* to = static_cast<Storage*>(y) + n * p.y.n + channel * p.y.c;
       uint8_t* at = index ? index + n * p.index.n + channel * p.index.c : nullptr;
       with_pool<T>(p.average, index, [&](auto pool) {
-        (live > L ? run_vectors<2, decltype(pool)> : run_vectors<1, decltype(pool)>)(
-            p, layout, begin, end, tile, top, filters + k * taps(p), bias + k, live, tile + tile_elements(p), to, at);
+        (live > L ? run_vectors<2, decltype(pool)>
+                  : run_vectors<1, decltype(pool)>)(p, layout, begin, end, tile, top, filters + k * taps(p), bias + k,
+                                                    live, tile + tile_elements(p), to, at);
       });
     }
   }

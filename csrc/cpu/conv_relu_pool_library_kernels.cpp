@@ -6,7 +6,8 @@ namespace {
 template <class Storage>
 struct Library {
   using T = Compute<Storage>;
-  static constexpr int64_t WIDTH = 4 * LANES<T>;  // channels that go through the ring together: a cache line of each row
+  static constexpr int64_t WIDTH =
+      4 * LANES<T>;  // channels that go through the ring together: a cache line of each row
 
   static int64_t packed_bytes(const ConvReluPool&) { return 0; }
   static int64_t pack_tasks(const ConvReluPool&) { return 0; }
@@ -18,7 +19,8 @@ struct Library {
   static int64_t tasks(const ConvReluPool& p) { return p.N * chunks(p); }
 
   template <class Pool>
-  static void run_chunk(const ConvReluPool& p, const Storage* v, Storage* y, uint8_t* index, int64_t chunk, T* scratch) {
+  static void run_chunk(const ConvReluPool& p, const Storage* v, Storage* y, uint8_t* index, int64_t chunk,
+                        T* scratch) {
     const int64_t begin = chunk * rows_per_chunk(p), end = least(begin + rows_per_chunk(p), p.PH);
     const int64_t channels = p.G * p.K;
     for (int64_t k = 0; k < channels; k += WIDTH) {
@@ -26,7 +28,8 @@ struct Library {
       const auto convolve = [&](int64_t row, const Ring<T>& ring) {
         copy_block(ring[row], {width, 1}, v + row * p.OW * channels + k, {channels, 1}, p.OW, live);
       };
-      pool_rows<1, Pool>(p, begin, end, width, live, convolve, scratch, y + k * p.y.c, index ? index + k * p.index.c : index);
+      pool_rows<1, Pool>(p, begin, end, width, live, convolve, scratch, y + k * p.y.c,
+                         index ? index + k * p.index.c : index);
     }
   }
 

@@ -1,7 +1,8 @@
 // conv_relu_pool of large strided filters, as in a network's first layer. A convolution of stride s is one of stride 1
 // over the s * s phases of its input,
 //
-//   conv[i, j, k] = b[k] + sum over (c, a, b), r, s   x[c][sh (i + r) + a][sw (j + s) + b]   w[k][c][sh r + a][sw s + b],
+//   conv[i, j, k] = b[k] + sum over (c, a, b), r, s   x[c][sh (i + r) + a][sw (j + s) + b]   w[k][c][sh r + a][sw s +
+//   b],
 //
 // whose filters have only 3 or 4 taps a side, few enough for Winograd: 2x2 outputs of 11x11 filters of stride 4 take
 // 16 * 16 products per input channel instead of 4 * 121, of 7x7 filters of stride 2 they take 25 * 4 instead of 4 * 49.
@@ -50,7 +51,8 @@ struct Polyphase {
     }
     T* to = filters + width(p) * POINTS * channels(p) + k0;
     for (int64_t k = 0; k < L; k++) {
-      to[k] = bias && k < live ? Convert<T, Storage>::from(static_cast<const Storage*>(bias)[group * p.K + k0 + k]) : T(0);
+      to[k] =
+          bias && k < live ? Convert<T, Storage>::from(static_cast<const Storage*>(bias)[group * p.K + k0 + k]) : T(0);
     }
   }
 
@@ -64,8 +66,7 @@ struct Polyphase {
   static int64_t inputs_elements(const ConvReluPool& p) { return slices(p) * POINTS * tiles(p) * L; }
   static constexpr int64_t PRODUCTS = PRODUCT_ROWS * Domain::template TILE<2>;
   static int64_t scratch_bytes(const ConvReluPool& p) {
-    return (SIDE * phases_row(p) + inputs_elements(p) + PRODUCTS + pool_rows_scratch<2, T>(p, width(p))) *
-           sizeof(T);
+    return (SIDE * phases_row(p) + inputs_elements(p) + PRODUCTS + pool_rows_scratch<2, T>(p, width(p))) * sizeof(T);
   }
 
   // Row i of the phases: x[c][sh i + a][sw j + b] for all c, a, b and columns j, 0 outside of the image.
@@ -89,7 +90,8 @@ struct Polyphase {
     }
   }
 
-  // One plane's row x[w], w = sw j + b - padding_w, to the neighbouring phases b of columns j. STRIDE is sw, or 0 if any.
+  // One plane's row x[w], w = sw j + b - padding_w, to the neighbouring phases b of columns j. STRIDE is sw, or 0 if
+  // any.
   template <int STRIDE>
   static void spread_row(const ConvReluPool& p, const Storage* x, int64_t columns, T* to, int64_t step) {
     const int64_t stride = STRIDE ? STRIDE : p.stride_w, covered = least(p.W, columns * stride - p.padding_w);
@@ -108,8 +110,8 @@ struct Polyphase {
   }
 
   template <class Pool>
-  static void run_band(const ConvReluPool& p, int64_t begin, int64_t end, const Storage* x, const T* filters, T* scratch,
-                       Storage* y, uint8_t* index) {
+  static void run_band(const ConvReluPool& p, int64_t begin, int64_t end, const Storage* x, const T* filters,
+                       T* scratch, Storage* y, uint8_t* index) {
     T* inputs = scratch + SIDE * phases_row(p);
     T* products = inputs + inputs_elements(p);
     const T* bias = filters + width(p) * POINTS * channels(p);
@@ -125,8 +127,8 @@ struct Polyphase {
         Domain::transform_inputs(rows, slices(p) * L, tiles(p), inputs + slice * POINTS * step, step);
       }
       for (int64_t k = 0; k < width(p); k += 2 * L) {
-        (width(p) - k > L ? give_rows<2> : give_rows<1>)(p, inputs, filters + k * POINTS * channels(p), bias + k, products,
-                                                         ring[row] + k, ring[row + 1] + k);
+        (width(p) - k > L ? give_rows<2> : give_rows<1>)(p, inputs, filters + k * POINTS * channels(p), bias + k,
+                                                         products, ring[row] + k, ring[row + 1] + k);
       }
     };
     pool_rows<2, Pool>(p, begin, end, width(p), p.K, convolve, products + PRODUCTS, y, index);
@@ -173,12 +175,16 @@ struct AnyPolyphase {
   using Four = Polyphase<Storage, 4>;
   static bool three(const ConvReluPool& p) { return p.R <= 3 * p.stride_h && p.S <= 3 * p.stride_w; }
 
-  static int64_t packed_bytes(const ConvReluPool& p) { return three(p) ? Three::packed_bytes(p) : Four::packed_bytes(p); }
+  static int64_t packed_bytes(const ConvReluPool& p) {
+    return three(p) ? Three::packed_bytes(p) : Four::packed_bytes(p);
+  }
   static int64_t pack_tasks(const ConvReluPool& p) { return Three::pack_tasks(p); }
   static void pack(const ConvReluPool& p, const void* weight, const void* bias, void* packed, int64_t task) {
     (three(p) ? Three::pack : Four::pack)(p, weight, bias, packed, task);
   }
-  static int64_t scratch_bytes(const ConvReluPool& p) { return three(p) ? Three::scratch_bytes(p) : Four::scratch_bytes(p); }
+  static int64_t scratch_bytes(const ConvReluPool& p) {
+    return three(p) ? Three::scratch_bytes(p) : Four::scratch_bytes(p);
+  }
   static int64_t tasks(const ConvReluPool& p) { return Three::tasks(p); }
   static void run(const ConvReluPool& p, const void* x, const void* packed, void* y, uint8_t* index, int64_t task,
                   void* scratch) {
@@ -189,5 +195,6 @@ struct AnyPolyphase {
 
 }  // namespace
 
-FASTARCH_EXPORT(ConvReluPoolFwds, conv_relu_pool_polyphase) = {
-    {AnyPolyphase<float>::table, AnyPolyphase<double>::table, AnyPolyphase<BFloat16>::table, AnyPolyphase<Float16>::table}};
+FASTARCH_EXPORT(ConvReluPoolFwds,
+                conv_relu_pool_polyphase) = {{AnyPolyphase<float>::table, AnyPolyphase<double>::table,
+                                              AnyPolyphase<BFloat16>::table, AnyPolyphase<Float16>::table}};

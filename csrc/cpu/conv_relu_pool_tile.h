@@ -6,8 +6,8 @@
 
 namespace {
 
-// A filter's elements (r, s, c) over a tile, as runs that are contiguous in it: rows (s, c), or taps (c) where the filter
-// is dilated along its rows or a caller wants short runs.
+// A filter's elements (r, s, c) over a tile, as runs that are contiguous in it: rows (s, c), or taps (c) where the
+// filter is dilated along its rows or a caller wants short runs.
 struct Runs {
   bool rows;
   int64_t count, length;
@@ -30,8 +30,8 @@ FASTARCH_INLINE int64_t columns_under(const ConvReluPool& p, int64_t n) {
   return (n - 1) * p.stride_w + (p.S - 1) * p.dilation_w + 1;
 }
 
-// tile[i][j][c] = x[c][top + i - padding_h][left + j - padding_w], or 0 outside, for i < rows, j < columns, c < channels;
-// channels [live, channels) are 0. x points to the first of the channels in the image.
+// tile[i][j][c] = x[c][top + i - padding_h][left + j - padding_w], or 0 outside, for i < rows, j < columns, c <
+// channels; channels [live, channels) are 0. x points to the first of the channels in the image.
 template <class Storage>
 void load_tile(const ConvReluPool& p, const Storage* x, int64_t top, int64_t left, int64_t rows, int64_t columns,
                int64_t channels, int64_t live, Compute<Storage>* tile) {

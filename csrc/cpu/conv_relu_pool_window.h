@@ -128,8 +128,8 @@ int64_t pool_rows_scratch(const ConvReluPool& p, int64_t width) {
   return ring.length * ring.row + 2 * rows_per_chunk(p) * p.PW * width;  // ring, values, indices
 }
 
-// Pooled rows [begin, end) of `width` channels (whole vectors), `live` of which are real. convolve(i, ring) computes rows
-// [i, i + AT_ONCE) of the convolution. y and index (or nullptr) point to the image's first of these channels.
+// Pooled rows [begin, end) of `width` channels (whole vectors), `live` of which are real. convolve(i, ring) computes
+// rows [i, i + AT_ONCE) of the convolution. y and index (or nullptr) point to the image's first of these channels.
 template <int AT_ONCE, class Pool, class Storage, class T, class Convolve>
 void pool_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width, int64_t live, Convolve convolve,
                T* scratch, Storage* y, uint8_t* index) {

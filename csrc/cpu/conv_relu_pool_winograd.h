@@ -97,15 +97,16 @@ struct Products {
     }
   }
 
-  // Products of one tile, [point][V * L]; the spare vector keeps equal points of different tiles out of the same sets of
-  // the cache.
+  // Products of one tile, [point][V * L]; the spare vector keeps equal points of different tiles out of the same sets
+  // of the cache.
   template <int V>
   static constexpr int64_t TILE = (POINTS * V + 1) * L;
 
-  // All products of `tiles` tiles with V vectors of output channels: inputs [slice of channels][point][tile < spread][L],
-  // filters [v][point][channel][L], products [tile][TILE<V>].
+  // All products of `tiles` tiles with V vectors of output channels: inputs [slice of channels][point][tile <
+  // spread][L], filters [v][point][channel][L], products [tile][TILE<V>].
   template <int V>
-  static void multiply(const T* inputs, int64_t spread, int64_t tiles, const T* filters, int64_t channels, T* products) {
+  static void multiply(const T* inputs, int64_t spread, int64_t tiles, const T* filters, int64_t channels,
+                       T* products) {
     for (int point = 0; point < POINTS; point++) {
       for (int64_t t = 0, n; t < tiles; t += n) {
         n = balanced_rows(tiles - t);

@@ -1,8 +1,9 @@
-// conv_relu_pool of 3x3 filters by Winograd's F(2x2, 3x3): a tile of 4x4 inputs gives with 16 products instead of 36 the
-// 2x2 convolutions that are just one window of a 2x2 pool.
+// conv_relu_pool of 3x3 filters by Winograd's F(2x2, 3x3): a tile of 4x4 inputs gives with 16 products instead of 36
+// the 2x2 convolutions that are just one window of a 2x2 pool.
 //
 // A task is a block of tiles, across rows and images: its inputs are transformed once, then for every block of output
-// channels the products over the input channels run in registers and are transformed, pooled and written from the cache.
+// channels the products over the input channels run in registers and are transformed, pooled and written from the
+// cache.
 #include "cpu/conv_relu_pool_tile.h"
 #include "cpu/conv_relu_pool_window.h"
 #include "cpu/conv_relu_pool_winograd.h"
@@ -40,7 +41,8 @@ struct Winograd {
     }
     T* b = group_start + filter_elements(p) + k0;
     for (int64_t k = 0; k < L; k++) {
-      b[k] = bias && k < live ? Convert<T, Storage>::from(static_cast<const Storage*>(bias)[group * p.K + k0 + k]) : T(0);
+      b[k] =
+          bias && k < live ? Convert<T, Storage>::from(static_cast<const Storage*>(bias)[group * p.K + k0 + k]) : T(0);
     }
   }
 
@@ -94,10 +96,11 @@ struct Winograd {
     }
   }
 
-  // Bias, ReLU and pool of a segment for V vectors of output channels, `live` of them real. value and index: [tile][V * L].
+  // Bias, ReLU and pool of a segment for V vectors of output channels, `live` of them real. value and index: [tile][V *
+  // L].
   template <class Pool, int V>
-  static void pool_tiles(const ConvReluPool& p, const Segment& s, const T* products, const T* bias, int64_t live, T* value,
-                         IntOf<T>* at, Storage* y, uint8_t* index) {
+  static void pool_tiles(const ConvReluPool& p, const Segment& s, const T* products, const T* bias, int64_t live,
+                         T* value, IntOf<T>* at, Storage* y, uint8_t* index) {
     for (int64_t tile = 0; tile < s.count; tile++) {
       for (int v = 0; v < V; v++) {
         Vec<T> conv[2][2];
@@ -118,8 +121,8 @@ struct Winograd {
 
   // The same where nothing is pooled: every tile gives 2x2 outputs, of which the last ones may overhang.
   template <class Pool, int V>
-  static void place_tiles(const ConvReluPool& p, const Segment& s, const T* products, const T* bias, int64_t live, T* value,
-                          IntOf<T>* at, Storage* y, uint8_t* index) {
+  static void place_tiles(const ConvReluPool& p, const Segment& s, const T* products, const T* bias, int64_t live,
+                          T* value, IntOf<T>* at, Storage* y, uint8_t* index) {
     const int64_t columns = 2 * s.count;
     for (int64_t tile = 0; tile < s.count; tile++) {
       for (int v = 0; v < V; v++) {
@@ -157,7 +160,8 @@ struct Winograd {
 
   static void run(const ConvReluPool& p, const void* x, const void* packed, void* y, uint8_t* index, int64_t task,
                   void* scratch) {
-    const int64_t group = task / blocks(p), begin = task % blocks(p) * block(p), end = least(begin + block(p), tiles(p));
+    const int64_t group = task / blocks(p), begin = task % blocks(p) * block(p),
+                  end = least(begin + block(p), tiles(p));
     T* inputs = static_cast<T*>(scratch);
     T* products = inputs + inputs_elements(p);
     segments(p, begin, end, false, [&](const Segment& s) {
@@ -169,9 +173,10 @@ struct Winograd {
     for (int64_t k = 0; k < p.K; k += 2 * L) {
       const int64_t live = least(2 * L, p.K - k), channel = group * p.K + k;
       with_pool<T>(p.average, index, [&](auto pool) {
-        (live > L ? run_vectors<decltype(pool), 2> : run_vectors<decltype(pool), 1>)(
-            p, begin, end, inputs, filters + k * POINTS * p.C, bias + k, live, products,
-            static_cast<Storage*>(y) + channel * p.y.c, index ? index + channel * p.index.c : nullptr);
+        (live > L ? run_vectors<decltype(pool), 2>
+                  : run_vectors<decltype(pool), 1>)(p, begin, end, inputs, filters + k * POINTS * p.C, bias + k, live,
+                                                    products, static_cast<Storage*>(y) + channel * p.y.c,
+                                                    index ? index + channel * p.index.c : nullptr);
       });
     }
   }

@@ -31,7 +31,8 @@ Isa supported() {
 
 Isa choose() {
   Isa chosen = supported();
-  if (const char* name = std::getenv("FASTARCH_CPU_ISA")) chosen = std::min(chosen, from_name("FASTARCH_CPU_ISA", name));
+  if (const char* name = std::getenv("FASTARCH_CPU_ISA"))
+    chosen = std::min(chosen, from_name("FASTARCH_CPU_ISA", name));
   if (const char* name = std::getenv("ATEN_CPU_CAPABILITY")) {
     // torch ignores what it does not know, and so must we: the variable is not ours
     const std::string value = name;
@@ -49,9 +50,12 @@ Isa isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::avx512: return "avx512";
-    case Isa::avx2: return "avx2";
-    default: return "generic";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "generic";
   }
 }
 

@@ -31,6 +31,6 @@ const char* built_isas();
 // The name under which a kernel source, compiled with -DFASTARCH_ISA=<isa>, exports a table.
 #define FASTARCH_JOIN_(table, isa) table##_##isa
 #define FASTARCH_JOIN(table, isa) FASTARCH_JOIN_(table, isa)
-#define FASTARCH_EXPORT(type, table)                            \
+#define FASTARCH_EXPORT(type, table)                                                              \
   extern "C" __attribute__((visibility("hidden"))) const type FASTARCH_JOIN(table, FASTARCH_ISA); \
   const type FASTARCH_JOIN(table, FASTARCH_ISA)

@@ -10,8 +10,8 @@
 
 namespace fastarch {
 
-// Asks for huge pages under a large tensor that nothing has touched yet: page faults are most of the cost of fresh memory
-// (a copy of 205 MB took 24 ms into warm memory, 114 into fresh, 40 into fresh on huge pages).
+// Asks for huge pages under a large tensor that nothing has touched yet: page faults are most of the cost of fresh
+// memory (a copy of 205 MB took 24 ms into warm memory, 114 into fresh, 40 into fresh on huge pages).
 inline at::Tensor advise_huge_pages(at::Tensor fresh) {
 #if defined(__linux__)
   constexpr size_t PAGE = 2 << 20;

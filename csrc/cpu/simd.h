@@ -129,7 +129,7 @@ FASTARCH_INLINE uint64_t bytes_equal_to(const uint8_t* bytes, uint8_t value) {
   for (int i = 0; i < 8; i++) {
     uint64_t word;
     memcpy(&word, bytes + 8 * i, 8);
-    word ^= value * 0x0101010101010101u;                                    // equal bytes are 0 now
+    word ^= value * 0x0101010101010101u;                                      // equal bytes are 0 now
     const uint64_t low = (word & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu;  // bit 7: any of the low 7 is set
     mask |= gather_bits(~(low | word) >> 7) << (8 * i);
   }

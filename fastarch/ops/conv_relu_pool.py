@@ -9,6 +9,8 @@ output (`index`, shaped and strided as y):
   none: as max, in a window of 1 x 1
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -147,28 +149,118 @@ class ConvReLUPoolFunction(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(grads, needed)), None, None
 
 
-def route(input: Tensor, weight: Tensor, geometry: Geometry) -> Route:
-    """The algorithm that serves a call, or the reference."""
-    if reason := routing.reference_reason():
-        return Route(REFERENCE, reason)
-    if geometry.pool_size[0] * geometry.pool_size[1] > (AVG_WINDOW if geometry.pool == "avg" else MAX_WINDOW):
+class Plan(NamedTuple):
+    """What follows from shapes and options alone."""
+
+    geometry: Geometry
+    behind: tuple[int, int]  # rows and columns of zeros that an uneven padding "same" puts behind the input
+    route: Route
+
+
+def make_plan(
+    device: str,
+    dtype: torch.dtype,
+    input: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride,
+    padding,
+    dilation,
+    groups,
+    pool,
+    pool_size,
+    pool_stride,
+    pool_padding,
+    ceil_mode,
+) -> Plan:
+    """The arguments in the schema's form and their kernel, or an error that says what was wanted and what came."""
+    if len(input) not in (3, 4) or len(weight) != 4:
+        raise error("input [N, C, H, W] or [C, H, W] and weight [K, C/groups, R, S]", f"{[*input]} and {[*weight]}")
+    if not isinstance(groups, int) or groups < 1:
+        raise error("groups >= 1", groups)
+    if weight[0] % groups or input[-3] != weight[1] * groups:
+        wanted = f"weight [K, C/groups, R, S], K a multiple of groups = {groups}, for input {[*input]}"
+        raise error(wanted, [*weight])
+    if pool not in ("max", "avg", None):
+        raise error("pool 'max', 'avg' or None", repr(pool))
+
+    stride, dilation, behind = pair("stride", stride, 1), pair("dilation", dilation, 1), (0, 0)
+    if padding == "same":
+        if stride != (1, 1):
+            raise error("stride 1 for padding 'same'", stride)
+        total = [d * (k - 1) for d, k in zip(dilation, weight[2:])]
+        padding, behind = (total[0] // 2, total[1] // 2), (total[0] % 2, total[1] % 2)
+    elif padding == "valid":
+        padding = (0, 0)
+    padding = pair("padding", padding, 0)
+    if pool is None:
+        geometry = Geometry(stride, padding, dilation, groups, "none", (1, 1), (1, 1), (0, 0), False)
+    else:
+        pool_size = pair("pool_size", pool_size, 1)
+        pool_stride = pool_size if pool_stride is None else pair("pool_stride", pool_stride, 1)
+        pool_padding = pair("pool_padding", pool_padding, 0)
+        if any(2 * p > k for p, k in zip(pool_padding, pool_size)):
+            raise error(f"pool_padding of at most half of pool_size {pool_size}", pool_padding)
+        geometry = Geometry(
+            stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, bool(ceil_mode)
+        )
+
+    conv = geometry.conv_size((input[-2] + behind[0], input[-1] + behind[1]), weight[2:])
+    pooled = geometry.pooled_size(conv)
+    if min(*weight, *conv, *pooled) < 1:
+        came = (
+            f"a convolution of {conv} and an output of {pooled} from input {[*input]}, weight {[*weight]}, {geometry}"
+        )
+        raise error("something to compute", came)
+    outputs = conv[0] * conv[1] * (input[0] if len(input) == 4 else 1)
+    return Plan(geometry, behind, route(device, dtype, outputs, weight, geometry))
+
+
+cached_plan = functools.lru_cache(maxsize=4096)(make_plan)
+
+
+def error(wanted: str, came) -> ValueError:
+    return ValueError(f"conv_relu_pool: want {wanted}, got {came}")
+
+
+def pair(what: str, value, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise error(f"{what} as one or two integers >= {least}", repr(value))
+    return pair
+
+
+def check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The tensors are tensors, of one dtype and device."""
+    for what, t in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(t, Tensor) and (t is not None or what != "bias"):
+            raise TypeError(f"conv_relu_pool: want {what} as a tensor, got {type(t).__name__}")
+        if t is not None and (t.dtype != input.dtype or t.device != input.device):
+            raise TypeError(
+                f"conv_relu_pool: input is {input.dtype} on {input.device}, {what} is {t.dtype} on {t.device}"
+            )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise error(f"bias {[*weight.shape[:1]]}", [*bias.shape])
+
+
+def route(device: str, dtype: torch.dtype, outputs: int, weight: tuple[int, ...], geometry: Geometry) -> Route:
+    """The algorithm that serves a convolution with so many output places, or the reference."""
+    if math.prod(geometry.pool_size) > (AVG_WINDOW if geometry.pool == "avg" else MAX_WINDOW):
         return Route(REFERENCE, "one byte of index cannot describe so large a pool window")
-    if input.device.type == "cpu":
-        return route_cpu(input, weight, geometry)
-    if input.device.type == "cuda":
-        return route_cuda(input, weight, geometry)
-    return Route(REFERENCE, f"no kernel for {input.device.type}")
+    if device == "cpu":
+        return route_cpu(dtype, outputs, weight, geometry)
+    if device == "cuda":
+        return route_cuda(dtype, outputs, weight, geometry)
+    return Route(REFERENCE, f"no kernel for {device}")
 
 
-def route_cpu(input: Tensor, weight: Tensor, geometry: Geometry) -> Route:
+def route_cpu(dtype: torch.dtype, outputs: int, weight: tuple[int, ...], geometry: Geometry) -> Route:
     """Times in ms: one core of an AVX-512 EPYC (Zen 5), float32, channels_last, 2026-11-20."""
     if extension.cpu is None:
         return Route(REFERENCE, "fastarch._C is not built")
-    if input.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return Route(REFERENCE, f"no CPU kernel for {input.dtype}")
-    (K, C, R, S), (stride_h, stride_w) = weight.shape, geometry.stride
-    height, width = geometry.footprint((R, S))
-    if height * width > LARGEST_FOOTPRINT:
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return Route(REFERENCE, f"no CPU kernel for {dtype}")
+    (K, C, R, S), (stride_h, stride_w) = weight, geometry.stride
+    if math.prod(geometry.footprint((R, S))) > LARGEST_FOOTPRINT:
         return Route(REFERENCE, "one output looks at more input than a tile holds")
     if geometry.groups > 1 and K // geometry.groups < 8:  # depthwise 4x64x28x28 k3: direct 0.79, library 0.08
         return Route("library", "fewer than 8 output channels a group leave vectors empty")
@@ -180,115 +272,31 @@ def route_cpu(input: Tensor, weight: Tensor, geometry: Geometry) -> Route:
     products, channels = (taps + 1) ** 2 * stride_h * stride_w / 4, C * stride_h * stride_w
     saves = R <= 4 * stride_h and S <= 4 * stride_w and 1.5 * products <= R * S
     # 16x8x32x32->64 k3: direct 0.68, winograd 0.54; with 4 input channels 0.41 and 0.42
-    if saves and channels >= 8 and enough_tiles(input, weight, geometry):
-        if taps == 3 and geometry.stride == (1, 1) and (R, S) == (3, 3) and geometry.tiles_are_windows():
-            return Route("winograd", f"16 products instead of {4 * R * S} for 2x2 outputs")
-        # alexnet_conv1: direct 9.8, polyphase 6.6; 8x64x32x32->64 k3 pool 3 stride 2: direct 2.3, polyphase 1.3
-        return Route("polyphase", f"{4 * products:.0f} products instead of {4 * R * S} for 2x2 outputs")
-    return Route("direct", "no algorithm with fewer products pays")
+    if not saves or channels < 8:
+        return Route("direct", "no algorithm with fewer products pays")
+    # 1x512x7x7->512 k3, 16 tiles: direct 1.7, polyphase 3.0. Compiled graphs must not be specialised to the batch size,
+    # so they are taken to have tiles enough.
+    if not torch.compiler.is_compiling() and outputs < 4 * 32:
+        return Route("direct", "too few tiles to pay for Winograd's transform of the filters")
+    if taps == 3 and geometry.stride == (1, 1) and (R, S) == (3, 3) and geometry.tiles_are_windows():
+        return Route("winograd", f"16 products instead of {4 * R * S} for 2x2 outputs")
+    # alexnet_conv1: direct 9.8, polyphase 6.6; 8x64x32x32->64 k3 pool 3 stride 2: direct 2.3, polyphase 1.3
+    return Route("polyphase", f"{4 * products:.0f} products instead of {4 * R * S} for 2x2 outputs")
 
 
-def enough_tiles(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether tiles enough pay for the filters' transform: for 16 of them (1x512x7x7->512 k3) 3.0 ms, direct 1.7.
-
-    Compiled graphs, whose batch may be symbolic, must not be specialised to it: they are taken to be large.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    height, width = geometry.conv_size(input.shape[2:], weight.shape[2:])
-    return input.shape[0] * height * width >= 4 * 32
-
-
-def route_cuda(input: Tensor, weight: Tensor, geometry: Geometry) -> Route:
-    if input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return Route(REFERENCE, f"no CUDA kernel for {input.dtype}")
+def route_cuda(dtype: torch.dtype, outputs: int, weight: tuple[int, ...], geometry: Geometry) -> Route:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return Route(REFERENCE, f"no CUDA kernel for {dtype}")
     return Route("implicit_gemm", "")
 
 
-def _conv_relu_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    algorithm, reason = route(input, weight, geometry)
-    routing.record("conv_relu_pool", backend(input, algorithm), reason, input=input, weight=weight)
-    if algorithm == REFERENCE:
-        return reference(input, weight, bias, *geometry)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-        return ConvReLUPoolFunction.apply(input, weight, bias, geometry, algorithm)
-    return fwd(input, weight, bias, *geometry, algorithm, False)[0]
-
-
-def backend(input: Tensor, algorithm: str) -> str:
+def backend(device: str, algorithm: str) -> str:
     """The kernel by the name that people read in `fastarch.explain`."""
     if algorithm == REFERENCE:
         return REFERENCE
-    if input.device.type == "cpu":
+    if device == "cpu":
         return f"cpu-{extension.isa} {algorithm}"
     return "cuda direct" if algorithm == "direct" else f"triton {algorithm}"
-
-
-def check(
-    input, weight, bias, stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode
-) -> tuple[Tensor, Geometry]:
-    """The arguments in the schema's form, or an error that says what was wanted and what came."""
-    name = "conv_relu_pool"
-    for what, t in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(t, Tensor) and not (what == "bias" and t is None):
-            raise TypeError(f"{name}: want {what} as a tensor, got {type(t).__name__}")
-        if t is not None and (t.dtype != input.dtype or t.device != input.device):
-            raise TypeError(f"{name}: input is {input.dtype} on {input.device}, {what} is {t.dtype} on {t.device}")
-    if input.dim() not in (3, 4) or weight.dim() != 4:
-        raise ValueError(
-            f"{name}: want input [N, C, H, W] or [C, H, W] and weight [K, C/groups, R, S], "
-            f"got {[*input.shape]} and {[*weight.shape]}"
-        )
-    if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"{name}: want groups >= 1, got {groups}")
-    if weight.shape[0] % groups or input.shape[-3] != weight.shape[1] * groups:
-        raise ValueError(
-            f"{name}: want weight [K, C/groups, R, S], K a multiple of groups = {groups}, "
-            f"for input {[*input.shape]}, got {[*weight.shape]}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{name}: want bias [{weight.shape[0]}], got {[*bias.shape]}")
-    if pool not in ("max", "avg", None):
-        raise ValueError(f"{name}: want pool 'max', 'avg' or None, got {pool!r}")
-
-    stride, dilation = pair(name, "stride", stride, 1), pair(name, "dilation", dilation, 1)
-    if padding == "same":
-        if stride != (1, 1):
-            raise ValueError(f"{name}: padding 'same' wants stride 1, got {stride}")
-        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
-        padding = (total[0] // 2, total[1] // 2)
-        if total[0] % 2 or total[1] % 2:  # torch puts the odd row and column behind
-            input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
-    elif padding == "valid":
-        padding = (0, 0)
-    padding = pair(name, "padding", padding, 0)
-    if pool is None:
-        geometry = Geometry(stride, padding, dilation, groups, "none", (1, 1), (1, 1), (0, 0), False)
-    else:
-        pool_size = pair(name, "pool_size", pool_size, 1)
-        pool_stride = pool_size if pool_stride is None else pair(name, "pool_stride", pool_stride, 1)
-        pool_padding = pair(name, "pool_padding", pool_padding, 0)
-        if any(2 * p > k for p, k in zip(pool_padding, pool_size)):
-            raise ValueError(f"{name}: want pool_padding of at most half of pool_size {pool_size}, got {pool_padding}")
-        geometry = Geometry(
-            stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, bool(ceil_mode)
-        )
-
-    conv = geometry.conv_size(input.shape[-2:], weight.shape[2:])
-    pooled = geometry.pooled_size(conv)
-    if min(*weight.shape, *conv, *pooled) < 1:
-        raise ValueError(
-            f"{name}: input {[*input.shape]} and weight {[*weight.shape]} with {geometry} "
-            f"leave a convolution of {conv} and an output of {pooled}"
-        )
-    return input, geometry
-
-
-def pair(name: str, what: str, value, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        raise ValueError(f"{name}: want {what} as one or two integers >= {least}, got {value!r}")
-    return pair
 
 
 def conv_relu_pool(
@@ -335,10 +343,32 @@ def conv_relu_pool(
 
     Sources: Winograd F(2x2, 3x3): Lavin and Gray 2016, arXiv 1509.09308, section 4.1.
     """
-    input, weight, bias = autocast.cast(input.device.type if isinstance(input, Tensor) else "cpu", input, weight, bias)
-    input, geometry = check(
-        input, weight, bias, stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode
-    )
+    device = input.device.type if isinstance(input, Tensor) else "cpu"
+    input, weight, bias = autocast.cast(device, input, weight, bias)
+    check(input, weight, bias)
+    options = (stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode)
+    shapes = (device, input.dtype, input.shape, weight.shape)
+    try:
+        plan = make_plan if torch.compiler.is_compiling() else cached_plan  # 6 us against 1
+        geometry, behind, (algorithm, reason) = plan(*shapes, *options)
+    except TypeError:  # symbolic sizes and lists cannot be looked up
+        geometry, behind, (algorithm, reason) = make_plan(*shapes, *options)
+
+    if why := routing.reference_reason():
+        algorithm, reason = REFERENCE, why
+    routing.record("conv_relu_pool", backend, device, algorithm, reason, input=input, weight=weight)
+    if behind != (0, 0):
+        input = F.pad(input, (0, behind[1], 0, behind[0]))
     if input.dim() == 3:
-        return _conv_relu_pool(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
-    return _conv_relu_pool(input, weight, bias, geometry)
+        return run(input.unsqueeze(0), weight, bias, geometry, algorithm).squeeze(0)
+    return run(input, weight, bias, geometry, algorithm)
+
+
+def run(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, algorithm: str) -> Tensor:
+    if algorithm == REFERENCE:
+        return reference(input, weight, bias, *geometry)
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return ConvReLUPoolFunction.apply(input, weight, bias, geometry, algorithm)
+    return fwd(input, weight, bias, *geometry, algorithm, False)[0]

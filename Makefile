@@ -1,0 +1,73 @@
+# Every target sets up what it needs, in environments inside the checkout.
+#
+#   make demo        train LeNet-5 on handwritten digits, ours against PyTorch's
+#   make test        all tests that need no GPU
+#   make bench       compare with the peers: OP=conv_relu_pool, ARGS="-k lenet --peers eager"
+#   make lint        formats and static checks
+#   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make cuda-build  compile and link the CUDA extension, without a GPU
+#   make gpu         build in place with the system's python3, then tests and benchmarks on its GPU
+#   make clean
+
+PYTHON ?= python3
+OP ?= conv_relu_pool
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/ready
+SOURCES := setup.py pyproject.toml requirements-dev.txt fastarch/version.py $(wildcard csrc/*.* csrc/*/*.*)
+PEERS := onnx onnxruntime onnxscript openvino
+
+# `kernels/` and `fastarch/` must be found where they are installed, never because of the current directory
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test bench lint sanitize cuda-build gpu clean
+
+$(READY): $(SOURCES)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,test]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/fastarch demo $(ARGS)
+
+# Each instruction set that this machine has; the GPU kernels interpreted, in a process of their own.
+test: $(READY)
+	$(BIN)/pytest tests --ignore tests/interpreted $(ARGS)
+	FASTARCH_CPU_ISA=avx2 $(BIN)/pytest tests/test_conv_relu_pool.py tests/test_conv_relu_pool_fuzz.py $(ARGS)
+	FASTARCH_CPU_ISA=generic $(BIN)/pytest tests/test_conv_relu_pool.py tests/test_conv_relu_pool_fuzz.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet $(PEERS)
+	$(BIN)/fastarch bench $(OP) $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
+
+SANITIZED := build/sanitize
+sanitize: $(READY)
+	FASTARCH_SANITIZE=1 FASTARCH_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	for isa in avx512 avx2 generic; do \
+	  FASTARCH_CPU_ISA=$$isa FASTARCH_FUZZ_EXAMPLES=400 PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libubsan.so)" \
+	  $(BIN)/pytest tests/test_conv_relu_pool_fuzz.py tests/test_conv_relu_pool.py -k "exact or nonsense" $(ARGS) || exit 1; \
+	done
+
+CUDA := .venv-cuda
+cuda-build:
+	$(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/python -m pip install --quiet torch==2.14.1 setuptools pybind11 ninja numpy rich typer
+	FASTARCH_CUDA=1 $(CUDA)/bin/python -m pip install --quiet --no-build-isolation --no-deps .
+	cd / && $(CURDIR)/$(CUDA)/bin/python $(CURDIR)/.ci/check_cuda_build.py
+
+gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest tests -m gpu $(ARGS)
+	$(PYTHON) -m fastarch.cli bench $(OP)
+
+clean:
+	rm -rf .venv $(CUDA) build dist out *.egg-info fastarch/*.so .pytest_cache .ruff_cache .hypothesis
