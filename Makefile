@@ -65,7 +65,7 @@ cuda-build:
 	cd / && $(CURDIR)/$(CUDA)/bin/python $(CURDIR)/.ci/check_cuda_build.py
 
 gpu:
-	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m pytest tests -m gpu $(ARGS)
 	$(PYTHON) -m fastarch.cli bench $(OP)
 

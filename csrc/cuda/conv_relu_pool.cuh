@@ -10,20 +10,16 @@
 #include <cstdint>
 
 #include "cuda/conv_relu_pool.h"
-#include "cuda/launch.h"
+#include "cuda/kernel.h"
 
 namespace fastarch {
 
-constexpr int kWarp = 32;
 constexpr int kQuad = 4;               // neighbouring columns that a thread owns: 16 bytes of float32
 constexpr int kMaxChannels = 4;        // input channels
 constexpr int kMaxTaps = 512;          // C R S
-constexpr int kMaxShared = 80 * 1024;  // bytes of a block: two fit in an A100's multiprocessor, one in any since
-constexpr int kMultiprocessors = 132;  // of an H100 or H200: plans aim at them, and work on any
 constexpr int kMaxGroups = 128;        // of Taps
-
-__host__ __device__ constexpr int div_up(int a, int b) { return (a + b - 1) / b; }
-__host__ __device__ constexpr int round_up(int a, int b) { return div_up(a, b) * b; }
+constexpr int kMaxShared = 80 * 1024;  // bytes of a block: two fit an A100's multiprocessor, and one any GPU's since
+constexpr int kMultiprocessors = 132;  // of an H100 or H200: plans aim at them on every GPU, so that results agree
 
 // The taps of one filter row by place = phase * 4 groups + shift, four shifts a group. The backward counts shifts from
 // the other end: the adjoint of a correlation is the correlation with the filter turned round.

@@ -6,8 +6,9 @@
 // x [N, C, H, W], w [K, C, R, S], b [K]; conv [N, K, OH, OW]; y and index [N, K, PH, PW].
 //
 // A block owns a tile of y and up to 64 channels. A thread keeps 8 channels x 2 rows x 4 columns of conv in registers,
-// so that ten 16-byte reads of shared memory feed up to 256 multiply-adds; the finished tile of conv then takes the
-// place of x and w in shared memory, and the windows, overlapping or not, are pooled from there.
+// so that twelve 16-byte reads of shared memory feed 256 multiply-adds; the finished tile of conv then takes the place
+// of x and w in shared memory, and the windows, overlapping or not, are pooled from there. (Windows of 2 x 2 that do
+// not overlap never leave the registers.)
 #include <algorithm>
 #include <limits>
 
@@ -90,16 +91,15 @@ template <typename T, bool AVERAGE, typename A>
 __device__ __forceinline__ void pool_registers(const A (&conv)[kChannels][kRows][kQuad], const FwdParams& params, int n,
                                                int k0, int p0, int q0, int row, int column) {
   const ConvReluPoolShape& shape = params.args.shape;
-  const Extent tile = params.plan.tile;
   const int p = p0 + row / 2;
-  if (row / 2 >= tile.h || p >= shape.PH) return;
+  if (p >= shape.PH) return;
 #pragma unroll
   for (int m = 0; m < kChannels; ++m) {
     if (k0 + m >= shape.K) return;
 #pragma unroll
     for (int j = 0; j < kQuad; j += 2) {
       const int q = q0 + (column + j) / 2;
-      if ((column + j) / 2 >= tile.w || q >= shape.PW) continue;
+      if ((column + j) / 2 >= params.plan.tile.w || q >= shape.PW) continue;
       Window<AVERAGE, A> window;
 #pragma unroll
       for (int element = 0; element < 4; ++element) window.take(conv[m][element / 2][j + element % 2], element);
@@ -245,7 +245,7 @@ FwdPlan plan_of(const ConvReluPoolShape& s, int word_bytes, Extent tile, int gro
   plan.units = div_up(conv.h, kRows) * plan.quads;
   plan.lanes = round_up(plan.units, kWarp);
   plan.conv_width = plan.quads * kQuad;
-  plan.conv_plane = round_up(round_up(conv.h, kRows) * plan.conv_width, 32) + kQuad;  // channels_last reads across
+  plan.conv_plane = round_up(round_up(conv.h, kRows) * plan.conv_width, 32) + kQuad;  // 4 banks a channel
 
   const int places = s.stride.w * tap_groups(s.S, s.stride.w, s.dilation.w) * kQuad;
   const int rows = round_up(conv.h, kRows) + (s.R - 1) * s.dilation.h / s.stride.h;
@@ -267,7 +267,8 @@ FwdPlan plan_of(const ConvReluPoolShape& s, int word_bytes, Extent tile, int gro
   return plan;
 }
 
-// An estimate of the time, in issued instructions of the busiest multiprocessor.
+// An estimate of the time: what the busiest multiprocessor issues, by rough counts of the sm_90a code per tap, staged
+// word, output and window element. Fewer than four warps leave schedulers idle.
 int64_t cost_of(const ConvReluPoolShape& s, const FwdPlan& plan) {
   const int64_t blocks = int64_t{s.N} * plan.tiles.h * plan.tiles.w * plan.channel_blocks;
   const int64_t warps = plan.channels / kChannels * plan.lanes / kWarp;
@@ -276,7 +277,7 @@ int64_t cost_of(const ConvReluPoolShape& s, const FwdPlan& plan) {
   const int64_t stage = 12 * s.C * plan.input.size.h * plan.input.size.w + 8 * taps * plan.channels;
   const int window = plan.in_registers ? 0 : s.pool_size.h * s.pool_size.w;
   const int64_t pool = plan.channels * plan.tile.h * plan.tile.w * (30 + 8 * window);
-  return (blocks + kMultiprocessors - 1) / kMultiprocessors * (multiply_add + (stage + pool) / kWarp);
+  return div_up(blocks, kMultiprocessors) * (multiply_add + (stage + pool) / kWarp);
 }
 
 FwdPlan plan_fwd(const ConvReluPoolShape& s, int word_bytes) {

@@ -1,6 +1,6 @@
 """The Triton kernels themselves, executed on the CPU by Triton's interpreter, in a process of their own:
 
-    TRITON_INTERPRET=1 pytest tests/interpreted
+TRITON_INTERPRET=1 pytest tests/interpreted
 """
 
 import numpy as np
@@ -15,9 +15,7 @@ def probe():
 
 
 if not isinstance(probe, InterpretedFunction):
-    raise pytest.UsageError(
-        "tests/interpreted needs TRITON_INTERPRET=1 before Triton is imported: TRITON_INTERPRET=1 pytest tests/interpreted"
-    )
+    raise pytest.UsageError("tests/interpreted needs TRITON_INTERPRET=1 in the environment before Triton is imported")
 
 
 def dot(builder, a, b, acc, input_precision, max_num_imprecise_acc):

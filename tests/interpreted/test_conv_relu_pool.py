@@ -1,5 +1,6 @@
 """kernels/conv_relu_pool.py under the interpreter: both algorithms, against the reference in float64."""
 
+import mmap
 from typing import NamedTuple
 
 import pytest
@@ -8,12 +9,14 @@ import triton
 import triton.language as tl
 from fastarch.kernels import conv_relu_pool as conv
 from fastarch.kernels.conv_relu_pool_fwd import pixels_at
-from fastarch.ops import conv_relu_pool as op  # noqa: F401  its fakes say how outputs are laid out
-from fastarch.ref.conv_relu_pool import conv_relu_pool as reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from fastarch.ops.conv_relu_pool import bwd, fwd
+from fastarch.ref.conv_relu_pool import conv_relu_pool as reference
+
 ALGORITHMS = ("implicit_gemm", "library")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # of masked lanes
 UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # of rounding, at 1
 
 
@@ -59,12 +62,17 @@ CASES = {
     "pool 3x3 stride 2 padding 1": Case(pool_size=(3, 3), pool_padding=(1, 1)),
     "pool 3x3 stride 1": Case(n=1, image=(6, 5), pool_size=(3, 3), pool_stride=(1, 1)),
     "pool with gaps": Case(pool_stride=(3, 4)),
-    "pool 16x15": Case(n=1, c=1, k=2, image=(16, 15), pool_size=(16, 15), pool_stride=(1, 1)),
+    "pool 16x15": Case(
+        n=1, c=1, k=2, image=(17, 15), taps=(1, 1), padding=(0, 0), pool_size=(16, 15), pool_stride=(1, 1)
+    ),
     "ceil": Case(image=(7, 9), pool_size=(3, 3), ceil_mode=True),
     "stride": Case(stride=(2, 3), padding=(2, 0)),
     "dilation": Case(dilation=(2, 1), padding=(2, 3)),
     "rectangular": Case(taps=(2, 5), padding=(0, 2)),
-    "stem": Case(n=1, c=3, k=8, image=(18, 14), taps=(7, 7), stride=(2, 2), padding=(3, 3), pool_size=(3, 3), pool_padding=(1, 1)),
+    "stem": Case(
+        n=1, c=3, k=8, image=(18, 14), taps=(7, 7), stride=(2, 2), padding=(3, 3),
+        pool_size=(3, 3), pool_padding=(1, 1),
+    ),
     "groups": Case(c=3, k=2, groups=3),
     "depthwise": Case(c=1, k=1, groups=5, stride=(2, 1)),
     "everything": Case(
@@ -72,10 +80,17 @@ CASES = {
         pool_size=(3, 2), pool_stride=(2, 2), pool_padding=(1, 1), ceil_mode=True,
     ),
 }  # fmt: skip
-SOME = [CASES[name] for name in ("plain", "avg", "none", "vectors", "pool 3x3 stride 2 padding 1", "groups")]
+SOME = {
+    "plain": Case(image=(9, 7)),
+    "avg": Case(image=(9, 7), pool="avg"),
+    "none": Case(n=1, image=(6, 7), **NONE),
+    "vectors": CASES["vectors"],
+    "overlap": Case(n=1, image=(8, 7), pool_size=(3, 3), pool_padding=(1, 1)),
+    "groups": Case(image=(6, 7), c=3, k=2, groups=2),
+}
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-some_cases = pytest.mark.parametrize("case", SOME, ids=("plain", "avg", "none", "vectors", "overlap", "groups"))
+some_cases = pytest.mark.parametrize("case", SOME.values(), ids=SOME)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
@@ -83,7 +98,7 @@ every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 def small_tiles(monkeypatch, request):
     """Tiles so small that small shapes have many, with a last one that is not full."""
     if "tile" not in request.fixturenames:
-        monkeypatch.setattr(conv, "TILES", {key: tile._replace(m=16, n=16, k=16) for key, tile in conv.TILES.items()})
+        monkeypatch.setattr(conv, "TILES", {key: tile._replace(m=16, n=64, k=16) for key, tile in conv.TILES.items()})
         monkeypatch.setattr(conv, "PROGRAMS", 8)
 
 
@@ -110,18 +125,19 @@ def windows(case, shape):
     """Each element of a pool window: its number, and where all the windows [PH, PW] have it in `padded`."""
     for i in range(case.pool_size[0]):
         for j in range(case.pool_size[1]):
-            rows, columns = (
-                slice(k, k + s * (n - 1) + 1, s) for k, s, n in zip((i, j), case.pool_stride, shape[2:])
-            )
+            rows, columns = (slice(k, k + s * (n - 1) + 1, s) for k, s, n in zip((i, j), case.pool_stride, shape[2:]))
             yield i * case.pool_size[1] + j, (..., rows, columns)
 
 
 def padded(case, v, shape, value):
     """The convolution v with what windows [PH, PW] see around it."""
-    (top, left), ends = case.pool_padding, [
-        s * (n - 1) + k - p - o
-        for n, s, k, p, o in zip(shape[2:], case.pool_stride, case.pool_size, case.pool_padding, v.shape[2:])
-    ]
+    (top, left), ends = (
+        case.pool_padding,
+        [
+            s * (n - 1) + k - p - o
+            for n, s, k, p, o in zip(shape[2:], case.pool_stride, case.pool_size, case.pool_padding, v.shape[2:])
+        ],
+    )
     bottom, right = (max(0, end) for end in ends)
     return F.pad(v, (left, right, top, bottom), value=value)
 
@@ -220,7 +236,9 @@ def test_the_truth_of_these_tests_is_the_reference(case):
 def test_forward(case, algorithm):
     x, w, b, _ = draw(case)
     _, index = check_forward(case, algorithm, x, w, b)
-    assert_equal("index", index, index_of(case, convolve(case, *(None if t is None else t.double() for t in (x, w, b)))))
+    assert_equal(
+        "index", index, index_of(case, convolve(case, *(None if t is None else t.double() for t in (x, w, b))))
+    )
 
 
 @every_algorithm
@@ -233,6 +251,201 @@ def test_backward(case, algorithm):
 
 @every_algorithm
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES.values() if case.pool != "avg"], ids=str)
-def test_integers_are_exact_with_all_their_ties(case, dtype, algorithm):
-    ...
+@pytest.mark.parametrize("name", [name for name in SOME if name != "avg"])  # a share of an integer is none
+def test_integers_are_exact_and_their_ties_go_to_the_first(name, dtype, algorithm):
+    case = SOME[name]
+    x, w, b, dy = draw(case, dtype, integers=True)
+    y, index = run(case, algorithm, x, w, b)
+    v = convolve(case, *(t.double() for t in (x, w, b)))
+    assert_equal("index", index, index_of(case, v))
+    assert_equal("y", y, reference(x.double(), w.double(), b.double(), *case.geometry).to(dtype))
+    for name, got, want in zip(
+        ("dx", "dw", "db"), run(case, algorithm, x, w, b, dy, index), gradients(case, dy.double(), x, w, index)
+    ):
+        assert_equal(name, got, want.to(dtype))
+
+
+@every_algorithm
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@some_cases
+def test_half(case, dtype, algorithm):
+    x, w, b, dy = draw(case, dtype)
+    y, index = check_forward(case, algorithm, x, w, b)
+    check_backward(case, algorithm, x, w, dy, index)
+    if case.pool != "avg":  # roundings may move a maximum, but only to an element that rounds to it
+        v = padded(case, convolve(case, *(t.double() for t in (x, w, b))).relu(), y.shape, value=0)
+        named = torch.zeros_like(y, dtype=torch.float64)
+        for element, here in windows(case, y.shape):
+            named += torch.where(index == element, v[here], 0)
+        torch.testing.assert_close(named, y.double(), rtol=0, atol=float(4 * UNIT[dtype] * y.abs().max()))
+
+
+@every_algorithm
+@pytest.mark.parametrize("kind", ("half", "tf32", "ieee"))
+@pytest.mark.parametrize("tile", ("narrow", "wide", "odd"))
+def test_every_tile_of_the_table(tile, kind, algorithm, monkeypatch, request):
+    """The tiles as they are, and no others at hand: a wrong choice is a KeyError."""
+    monkeypatch.setattr(
+        conv, "TILES", {key: value for key, value in conv.TILES.items() if key[0] == "pool" or key[1:] == (kind, tile)}
+    )
+    before = torch.backends.cudnn.conv.fp32_precision
+    request.addfinalizer(lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", before))
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    channels = {"narrow": 16, "wide": 80, "odd": 5}[tile]
+    case = Case(c=channels, k=channels, image=(9, 6))
+    x, w, b, dy = draw(case, torch.bfloat16 if kind == "half" else torch.float32)
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, index = check_forward(case, algorithm, x, w, b)
+    check_backward(case, algorithm, x, w, dy, index)
+
+
+@every_algorithm
+@some_cases
+def test_nan_passes_as_in_torch(case, algorithm):
+    x, w, b, dy = draw(case)
+    x[0, 1, 2, 3] = x[-1, 0, 0, 0] = torch.nan
+    _, index = check_forward(case, algorithm, x, w, b)
+    assert_equal("index", index, index_of(case, convolve(case, x, w, b)))
+    check_backward(case, algorithm, x, w, dy, index)
+
+
+@every_algorithm
+@some_cases
+def test_what_relu_cut_off_passes_nothing_on(case, algorithm):
+    x, w, b, dy = draw(case)
+    y, index = run(case, algorithm, x, w, b - 1000)
+    assert_equal("y", y, torch.zeros_like(y))
+    assert_equal("index", index, torch.full_like(index, 0 if case.pool == "avg" else 255))
+    for name, grad in zip(("dx", "dw", "db"), run(case, algorithm, x, w, b, dy * torch.inf, index)):
+        assert_equal(name, grad, torch.zeros_like(grad))
+
+
+@every_algorithm
+@some_cases
+def test_the_same_bits_again(case, algorithm):
+    x, w, b, dy = draw(case)
+    y, index = run(case, algorithm, x, w, b)
+    assert_equal("y", run(case, algorithm, x, w, b)[0], y)
+    for first, second in zip(*(run(case, algorithm, x, w, b, dy, index) for _ in range(2))):
+        assert_equal("gradients", second, first)
+
+
+VIEWS = {
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "sliced": lambda t: torch.stack((t, t), 4).flatten(3)[..., ::2],
+    "expanded": lambda t: t[:, :1, :, :1].expand_as(t),
+}
+
+
+@every_algorithm
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_any_strides(view, algorithm):
+    case = CASES["everything"]
+    x, w, b, dy = draw(case)
+    x, w, dy, b = view(x), view(w), view(dy), torch.stack((b, b), 1)[:, 0]
+    _, index = check_forward(case, algorithm, x, w, b)
+    check_backward(case, algorithm, x, w, dy, index)
+
+
+@every_algorithm
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize(
+    "sizes",
+    (dict(), dict(k=1), dict(c=1, k=3), dict(n=0), dict(n=1, image=(2, 2))),
+    ids=("plain", "k 1", "c 1", "n 0", "output 1x1"),
+)
+def test_results_are_laid_out_as_the_fakes_say(sizes, view, algorithm):
+    case = Case(**dict(image=(5, 4)) | sizes)
+    x, w, b, _ = draw(case)
+    x = view(x)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (x, w, b)]
+        want = [fwd(*fakes, *case.geometry, algorithm, save) for save in (True, False)]
+    got = [conv.conv_relu_pool_fwd(x, w, b, *case.geometry, algorithm, save) for save in (True, False)]
+    for t, fake in zip(sum(got, ()), sum(want, ())):
+        assert (t.shape, t.stride(), t.dtype) == (fake.shape, fake.stride(), fake.dtype)
+    y, index = got[0]
+    for mask in torch.cartesian_prod(*[torch.tensor((False, True))] * 3).tolist():
+        with mode:
+            want = bwd(*(mode.from_tensor(t) for t in (y, x, w, index)), *case.geometry, algorithm, mask)
+        for t, fake in zip(run(case, algorithm, x, w, b, y, index, mask), want, strict=True):
+            assert (t.shape, t.stride(), t.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
+@every_algorithm
+def test_each_gradient_alone_is_the_same(algorithm):
+    case = Case()
+    x, w, b, dy = draw(case)
+    _, index = run(case, algorithm, x, w, b)
+    together = run(case, algorithm, x, w, b, dy, index)
+    for i in range(3):
+        alone = run(case, algorithm, x, w, b, dy, index, [i == j for j in range(3)])
+        assert_equal("gradient", alone[i], together[i])
+        assert [t.numel() for j, t in enumerate(alone) if j != i] == [0, 0]
+
+
+@every_algorithm
+def test_an_empty_batch_gives_zero_gradients(algorithm):
+    case = Case(n=0)
+    x, w, b, dy = draw(case)
+    y, index = run(case, algorithm, x, w, b)
+    assert y.shape == index.shape == dy.shape
+    for name, grad, leaf in zip(("dx", "dw", "db"), run(case, algorithm, x, w, b, dy, index), (x, w, b)):
+        assert_equal(name, grad, torch.zeros_like(leaf))
+
+
+def far_apart(t, axis):
+    """t, with more than 2^31 elements from its first to its last along the axis. Untouched memory is free."""
+    strides = list(t.stride())
+    strides[axis] = 2**31 // (t.shape[axis] - 1) + 8
+    size = 2 * (1 + sum((n - 1) * stride for n, stride in zip(t.shape, strides)))
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=t.dtype).as_strided(t.shape, strides).copy_(t)
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_offsets_past_31_bits(axis, monkeypatch):
+    case = Case(image=(5, 4))
+    x, w, b, dy = draw(case, torch.bfloat16)
+    far = far_apart(x, axis)
+    _, index = check_forward(case, "implicit_gemm", far, w, b)
+    monkeypatch.setattr(conv, "empty", lambda shape, like: far_apart(x, axis))  # dx
+    check_backward(case, "implicit_gemm", far, w, dy, index)
+
+
+@triton.jit
+def pixels_at_kernel(out, tile, HEIGHT, WIDTH, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    n, row, column = pixels_at(tile, BLOCK, lanes, HEIGHT, WIDTH)
+    tl.store(out + lanes, n)
+    tl.store(out + BLOCK + lanes, row)
+    tl.store(out + 2 * BLOCK + lanes, column)
+
+
+@pytest.mark.parametrize("tile", (0, 1, 12345, 2**30 - 1))
+@pytest.mark.parametrize("size", ((1, 1), (3, 5), (112, 112), (40000, 53000)), ids=str)
+def test_pixels_are_counted_past_31_bits(tile, size):
+    out = torch.empty(3, 64, dtype=torch.int32)
+    pixels = tile * 64 + torch.arange(64)
+    area = size[0] * size[1]
+    pixels_at_kernel[(1,)](out, tile, *size, 64)
+    for got, want in zip(out, (pixels // area, pixels % area // size[1], pixels % size[1])):
+        if pixels[-1] // area < 2**31:
+            assert_equal("digit", got, want.int())
+
+
+def test_tf32_follows_the_convolutions_setting(request):
+    before = torch.backends.cudnn.conv.fp32_precision
+    request.addfinalizer(lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", before))
+    for setting in ("ieee", "tf32"):
+        torch.backends.cudnn.conv.fp32_precision = setting
+        assert conv.precision(torch.empty(0)) == setting
+
+
+def test_an_unknown_algorithm_is_refused():
+    case = Case()
+    x, w, b, _ = draw(case)
+    with pytest.raises(ValueError, match="winograd"):
+        run(case, "winograd", x, w, b)

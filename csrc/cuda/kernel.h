@@ -12,8 +12,8 @@
 
 #include "cuda/tensor.h"
 
-// FASTARCH_SHARED: an array in the block's shared memory. dynamic_shared: the part whose size the launch decides.
-// The two that stand for language that plain C++ lacks, so tests/cuda_on_cpu has its own.
+// FASTARCH_SHARED declares an array in the block's shared memory; dynamic_shared is the part whose size the launch
+// decides. Plain C++ has no words for them, so tests/cuda_on_cpu brings its own.
 #if defined(CUDA_ON_CPU)
 #define FASTARCH_SHARED(type, name, count) type* const name = cuda_on_cpu::shared_array<type>(count, [] {})
 #else
@@ -21,6 +21,17 @@
 #endif
 
 namespace fastarch {
+
+constexpr int kWarp = 32;
+
+template <typename A, typename B>
+__host__ __device__ constexpr auto div_up(A a, B b) {
+  return (a + b - 1) / b;
+}
+template <typename A, typename B>
+__host__ __device__ constexpr auto round_up(A a, B b) {
+  return div_up(a, b) * b;
+}
 
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared() {

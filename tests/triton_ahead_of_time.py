@@ -1,0 +1,185 @@
+"""Compile Triton kernels for GPUs that are not here, exactly as their launchers would launch them; print what they use.
+
+    python tests/triton_ahead_of_time.py SHARD SHARDS
+
+The launchers run on CPU tensors, under a driver that names a GPU and a `run` that compiles and does not launch: every
+specialisation (integers that are 1 or multiples of 16, arguments that are None) is the launcher's own. Each line is one
+compiled kernel, as JSON; a case that fails to compile gives a line with its error.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from fastarch.kernels import conv_relu_pool as conv
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+GPUS = (80, 90, 100)
+
+
+class Driver:
+    """As much of a GPU driver as compiling asks for."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def get_current_device(self):
+        return self.gpu  # Triton keeps its compiled kernels by device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.gpu, 32)
+
+
+def compile_only(launch, gpu):
+    """The kernels that launch() launches, compiled for the GPU."""
+    kernels, run = [], JITFunction.run
+
+    def compile_one(self, *args, warmup, **options):
+        kernels.append((self.fn.__name__, run(self, *args, warmup=True, **options)))
+
+    JITFunction.run = compile_one
+    triton.runtime.driver.set_active(Driver(gpu))
+    try:
+        launch()
+    finally:
+        JITFunction.run = run
+    return kernels
+
+
+def resources(kernel):
+    """Registers, spills and shared memory of a compiled kernel, and its machine instructions by name."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.check_output(
+            [cuobjdump, "--dump-resource-usage", "-sass", cubin.name], text=True, stderr=subprocess.DEVNULL
+        )
+    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    instructions = sorted(set(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z0-9_.]+)", text, re.M)))
+    return dict(
+        registers=used["REG"], stack=used["STACK"], local=used["LOCAL"], shared=kernel.metadata.shared,
+        instructions=instructions,
+    )  # fmt: skip
+
+
+class Case(NamedTuple):
+    dtype: torch.dtype = torch.bfloat16
+    c: int = 64
+    k: int = 64
+    image: tuple = (16, 16)
+    taps: int = 3
+    stride: int = 1
+    groups: int = 1
+    pool: str = "max"
+    pool_size: tuple = (2, 2)
+    pool_stride: tuple = (2, 2)
+    pool_padding: int = 0
+    channels_last: bool = True
+    training: bool = True
+    bias: bool = True
+    tf32: bool = True
+
+    def launch(self):
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if self.tf32 else "ieee"
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        x = torch.zeros(2, self.c * self.groups, *self.image, dtype=self.dtype).contiguous(memory_format=layout)
+        w = torch.zeros(self.k * self.groups, self.c, self.taps, self.taps, dtype=self.dtype)
+        b = torch.zeros(self.k * self.groups, dtype=self.dtype) if self.bias else None
+        window = self.pool, self.pool_size, self.pool_stride, (self.pool_padding,) * 2, False
+        geometry = (self.stride,) * 2, (self.taps // 2,) * 2, (1, 1), self.groups, *window
+        for algorithm in ("implicit_gemm", "library"):
+            y, index = conv.conv_relu_pool_fwd(x, w, b, *geometry, algorithm, self.training)
+            if self.training:
+                conv.conv_relu_pool_bwd(y, x, w, index, *geometry, algorithm, [True] * 3)
+
+
+RESNET = dict(c=3, taps=7, stride=2, image=(32, 32), pool_size=(3, 3), pool_padding=1)
+ALEXNET = dict(c=3, taps=11, stride=4, image=(64, 64), pool_size=(3, 3))
+CASES = [
+    Case(),
+    Case(c=128, k=128),
+    Case(c=48, k=80),  # vectors, but channels that no BLOCK_K divides
+    Case(c=512, k=512, image=(14, 14)),
+    Case(pool="avg"),
+    Case(pool="avg", c=128, k=128),
+    Case(pool="none", pool_size=(1, 1), pool_stride=(1, 1)),
+    Case(pool="none", pool_size=(1, 1), pool_stride=(1, 1), c=128, k=128),
+    Case(pool_size=(1, 2), pool_stride=(1, 2)),
+    Case(pool_size=(3, 3)),
+    Case(pool_size=(3, 3), c=128, k=128),
+    Case(groups=4),
+    Case(training=False, bias=False),
+    Case(channels_last=False),
+    Case(channels_last=False, c=128, k=128, image=(14, 14)),
+    Case(channels_last=False, pool="avg"),
+    Case(channels_last=False, pool="none", pool_size=(1, 1), pool_stride=(1, 1)),
+    Case(channels_last=False, c=1, k=6, taps=5, image=(32, 32)),
+    Case(c=6, k=16, taps=5, image=(14, 14)),
+    Case(c=1, k=1, taps=1, image=(2, 2)),
+    Case(**RESNET),
+    Case(channels_last=False, **RESNET),
+    Case(**ALEXNET),
+    Case(dtype=torch.float16),
+    Case(dtype=torch.float16, c=128, k=128),
+    Case(dtype=torch.float16, channels_last=False),
+    *(
+        Case(dtype=torch.float32, tf32=tf32, **case)
+        for tf32, case in product(
+            (True, False),
+            (
+                dict(),
+                dict(c=128, k=128),
+                dict(pool="avg"),
+                dict(pool="none", pool_size=(1, 1), pool_stride=(1, 1), c=128, k=128),
+                dict(pool_size=(3, 3)),
+                dict(channels_last=False),
+                dict(channels_last=False, c=1, k=6, taps=5),
+                RESNET,
+            ),
+        )
+    ),
+]
+
+
+class Recorder(dict):
+    """A table of tiles that remembers which were taken."""
+
+    def __init__(self, table):
+        super().__init__(table)
+        self.taken = []
+
+    def __getitem__(self, key):
+        self.taken.append(key)
+        return super().__getitem__(key)
+
+
+def main(shard, shards):
+    tiles, seen = conv.TILES, set()
+    for case, gpu in [*product(CASES, GPUS)][shard::shards]:
+        label = dict(gpu=gpu, case=repr(case), half=case.dtype != torch.float32)
+        conv.TILES = Recorder(tiles)
+        try:
+            kernels = compile_only(case.launch, gpu)
+        except Exception as error:
+            print(json.dumps(label | dict(error=f"{type(error).__name__}: {error}")), flush=True)
+            continue
+        for (name, kernel), key in zip(kernels, conv.TILES.taken, strict=True):
+            if id(kernel) not in seen:  # Triton keeps it: several cases can share it
+                seen.add(id(kernel))
+                print(json.dumps(label | dict(kernel=name, tile=key) | resources(kernel)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
