@@ -6,10 +6,9 @@ import warnings
 from pathlib import Path
 
 import harness
-import peers
 import pytest
 import torch
-from floors import measured
+from floors import machine, measured
 from rich.console import Console
 from rich.table import Table
 
@@ -19,11 +18,17 @@ RESULTS = pytest.StashKey[list[dict]]()
 def pytest_addoption(parser):
     group = parser.getgroup("fastarch")
     group.addoption("--peers", default="", help="comma-separated; all that are installed by default")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--plot", default="", help="write speed-ups as a PNG")
 
 
 def pytest_configure(config):
     config.stash[RESULTS] = []
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    return torch.device(request.config.getoption("device"))
 
 
 @pytest.fixture
@@ -34,13 +39,13 @@ def compare(request, benchmark):
         torch._dynamo.reset()
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-        chosen = [p for p in request.config.getoption("peers").split(",") if p] or list(peers.PEERS[mode])
-        runs = harness.providers(case, mode, [name for name in chosen if name in peers.PEERS[mode]])
-        harness.check(runs, "eager" if "eager" in runs else harness.OURS)
-        timings = harness.time_all(runs)
-        benchmark.pedantic(runs[harness.OURS], rounds=5, iterations=harness.calls_per_round(runs[harness.OURS]))
+        chosen = [name for name in request.config.getoption("peers").split(",") if name]
+        runs = harness.providers(case, mode, chosen)
+        harness.check(runs, case, mode)
+        timings = harness.time_all(runs, case.device)
+        benchmark.pedantic(runs[harness.OURS], rounds=5, iterations=10)
 
-        floors, passes = measured(), 3 if mode == "training" else 1
+        floors, passes = measured(case.device), 3 if mode == "training" else 1
         result = {
             "case": case.name,
             "mode": mode,
@@ -50,9 +55,7 @@ def compare(request, benchmark):
         if mode == "training":
             result["saved_bytes"] = harness.saved_bytes(case.ours, case.inputs)
             result["eager_saved_bytes"] = harness.saved_bytes(case.reference, case.inputs)
-        benchmark.extra_info.update(
-            result, threads=torch.get_num_threads(), torch=torch.__version__, floors=floors._asdict()
-        )
+        benchmark.extra_info.update(result, machine=machine(case.device), floors=floors._asdict())
         request.config.stash[RESULTS].append(result)
 
     return run
@@ -67,12 +70,11 @@ def pytest_terminal_summary(config):
     results = config.stash[RESULTS]
     if not results:
         return
-    floors = measured()
+    device = torch.device(config.getoption("device"))
+    floors = measured(device)
     console = Console(width=200)
-    console.print(
-        f"\n{torch.get_num_threads()} threads, {floors.flops / 1e9:.0f} GFLOP/s of fused multiply-adds, "
-        f"{floors.bandwidth / 1e9:.0f} GB/s copied; torch {torch.__version__}"
-    )
+    console.print("\n" + ", ".join(f"{what} {value}" for what, value in machine(device).items()))
+    console.print(f"floors: {floors.flops / 1e12:.3g} TFLOP/s, {floors.bandwidth / 1e9:.0f} GB/s copied")
     for mode in ("inference", "training"):
         if chosen := [r for r in results if r["mode"] == mode]:
             console.print(table(mode, chosen))

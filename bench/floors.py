@@ -2,12 +2,16 @@
 
 import ctypes
 import functools
+import platform
+import re
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from fastarch import extension
 
 
 class Floors(NamedTuple):
@@ -20,7 +24,7 @@ class Floors(NamedTuple):
 
 
 @functools.cache
-def floors(threads: int) -> Floors:
+def on_cpu(threads: int) -> Floors:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "floors.so"
         flags = ["-O2", "-march=native", "-ffp-contract=fast", "-pthread", "-shared", "-fPIC", "-std=c++17"]
@@ -30,5 +34,47 @@ def floors(threads: int) -> Floors:
         return Floors(loaded.multiply_add_rate(threads), loaded.copy_rate(threads))
 
 
-def measured() -> Floors:
-    return floors(torch.get_num_threads())
+@functools.cache
+def on_gpu() -> Floors:
+    """A large product of bfloat16 matrices, and a large copy."""
+    n = 8192
+    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
+
+    def seconds(run) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        run()
+        start.record()
+        for _ in range(10):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e4
+
+    return Floors(2 * n**3 / seconds(lambda: a @ b), 2 * 2**30 / seconds(lambda: target.copy_(source)))
+
+
+def measured(device: torch.device) -> Floors:
+    return on_gpu() if device.type == "cuda" else on_cpu(torch.get_num_threads())
+
+
+@functools.cache
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What a figure must be read with."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if device.type == "cuda":
+        clocks = [
+            "nvidia-smi",
+            "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,driver_version",
+            "--format=csv,noheader",
+        ]
+        state = subprocess.run(clocks, capture_output=True, text=True).stdout.strip()
+        return {"device": torch.cuda.get_device_name(device), "clocks and driver": state, **versions}
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return {
+        "device": names[0] if names else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "isa": extension.isa,
+        **versions,
+    }

@@ -36,6 +36,13 @@ def compiled(module: nn.Module, inputs: tuple[Tensor, ...], **options) -> Call:
     return Call(lambda: run(*inputs), module, inputs)
 
 
+def autotuned(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+    """torch.compile at its best, in channels_last. Its CUDA graphs stay off: nobody else here uses any."""
+    call = channels_last(module, inputs)
+    run = torch.compile(call.module, mode="max-autotune-no-cudagraphs")
+    return Call(lambda: run(*call.inputs), call.module, call.inputs)
+
+
 def frozen(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
     """torch.compile with the weights constant and repacked."""
     return compiled(module, inputs, freezing=True)
@@ -68,14 +75,11 @@ def openvino(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
     return Call(lambda: torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True)[0]), module, inputs)
 
 
-PEERS = {
-    "inference": {
-        "eager": eager,
-        "channels_last": channels_last,
-        "compile": compiled,
-        "freezing": frozen,
-        "onnxruntime": onnxruntime,
-        "openvino": openvino,
-    },
-    "training": {"eager": eager, "channels_last": channels_last, "compile": compiled},
-}
+CPU = {"eager": eager, "channels_last": channels_last, "compile": compiled}
+CPU_INFERENCE = CPU | {"freezing": frozen, "onnxruntime": onnxruntime, "openvino": openvino}
+GPU = {"eager": eager, "channels_last": channels_last, "max-autotune": autotuned}
+
+
+def of(device: torch.device, mode: str) -> dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Call]]:
+    """By name, what there is to compare with."""
+    return GPU if device.type == "cuda" else CPU_INFERENCE if mode == "inference" else CPU

@@ -10,7 +10,7 @@ window (avg: has its bit, and a share of dy). The sums gather it from dy and ind
 
 import triton
 import triton.language as tl
-from fastarch.kernels.conv_relu_pool_fwd import pixels_at, terms_at, window_area, within
+from fastarch.kernels.conv_relu_pool_fwd import multiply_add, pixels_at, terms_at, window_area, within
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def gradient_at(dy, index, at, live, element, area, POOL: tl.constexpr):
     d = tl.load(dy + at, mask=live, other=0)
     named = tl.load(index + at, mask=live, other=0).to(tl.int32)
     if POOL == "avg":
-        return tl.where(named >> (element & 7) & 1 != 0, d * (1 / area), 0)
+        return tl.where(named >> (element & 7) & 1 != 0, tl.div_rn(d.to(tl.float32), area), 0)
     else:
         return tl.where(named == element, d, 0)
 
@@ -67,9 +67,8 @@ def conv_relu_pool_bwd_input_kernel(
         tap, k, live_k = terms_at(step, K, R * S * OVERLAP, ALIGNED, BLOCK_K)
         r = tap // OVERLAP // S
         s = tap // OVERLAP % S
-        rows = ((h + PADDING[0])[None, :] - (r * DILATION[0])[:, None]).to(
-            tl.uint32
-        )  # oh stride, if there is such an oh
+        # oh stride and ow stride, if there are such oh and ow
+        rows = ((h + PADDING[0])[None, :] - (r * DILATION[0])[:, None]).to(tl.uint32)
         columns = ((column + PADDING[1])[None, :] - (s * DILATION[1])[:, None]).to(tl.uint32)
         oh = rows // STRIDE[0]
         ow = columns // STRIDE[1]
@@ -84,7 +83,7 @@ def conv_relu_pool_bwd_input_kernel(
 
         g = gradient_at(dy, index, at_image[None, :] + at, held, i * POOL_SIZE[1] + j, area, POOL)  # [BLOCK_K, BLOCK_N]
         w_tile = tl.load(w_row[:, None] + w_term[None, :], mask=live_c[:, None] & live_k[None, :], other=0)
-        acc = tl.dot(w_tile, g.to(w_tile.dtype), acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        acc = multiply_add(w_tile, g.to(w_tile.dtype), acc, PRECISION)  # [BLOCK_M, BLOCK_N]
 
     at = n.to(tl.int64) * stride_x[0] + h.to(tl.int64) * stride_x[2] + column.to(tl.int64) * stride_x[3]
     at = (c * stride_x[1])[:, None] + at[None, :]
@@ -136,11 +135,10 @@ def conv_relu_pool_bwd_weight_kernel(
         x_pixel = n.to(tl.int64) * stride_x[0] + top.to(tl.int64) * stride_x[2] + left.to(tl.int64) * stride_x[3]
         inside = within(top[None, :] + down[:, None], left[None, :] + across[:, None], H, W) & live_term[:, None]
 
-        g = gradient_at(
-            dy, index, at, live_k[:, None] & live[None, :], element[None, :], area, POOL
-        )  # [BLOCK_M, BLOCK_K]
+        live = live_k[:, None] & live[None, :]
+        g = gradient_at(dy, index, at, live, element[None, :], area, POOL)  # [BLOCK_M, BLOCK_K]
         x_tile = tl.load(x_term[:, None] + x_pixel[None, :], mask=inside, other=0)  # [BLOCK_N, BLOCK_K]
-        acc = tl.dot(g.to(x_tile.dtype), tl.trans(x_tile), acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        acc = multiply_add(g.to(x_tile.dtype), tl.trans(x_tile), acc, PRECISION)  # [BLOCK_M, BLOCK_N]
 
         # BLOCK_K positions on, by carries: a third fewer instructions in the loop than by divisions
         digit += BLOCK_K % WIDTH
@@ -180,7 +178,7 @@ def conv_relu_pool_bwd_bias_kernel(
             for element in tl.static_range(POOL_SIZE[0] * POOL_SIZE[1]):
                 passed += named >> element & 1
             area = window_area(ph, pw, OH, OW, POOL_SIZE, POOL_STRIDE, POOL_PADDING)[None, :]
-            total += tl.where(passed > 0, d * passed.to(tl.float32) / area, 0)  # not 0 * inf
+            total += tl.where(passed > 0, tl.div_rn(d * passed.to(tl.float32), area), 0)  # not 0 * inf
         else:
             total += tl.where(named != 255, d, 0)
     tl.store(db + split * K + k, tl.sum(total, axis=1), mask=live_k)

@@ -50,6 +50,16 @@ def within(row, column, HEIGHT, WIDTH):
 
 
 @triton.jit
+def multiply_add(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. In exact float32 the product is summed up first: long chains of additions round away more."""
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        # the last argument means nothing to float32 but keeps Triton from folding the addition into the product
+        return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1])
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def window_area(ph, pw, OH, OW, POOL_SIZE: tl.constexpr, POOL_STRIDE: tl.constexpr, POOL_PADDING: tl.constexpr):
     """What an average divides by: its window, clipped to the padded convolution."""
     top = ph * POOL_STRIDE[0]
@@ -149,7 +159,7 @@ def conv_relu_pool_fwd_kernel(
             # every tap reads its pixels anew: ".ca" lets L1 keep them (Triton 3.9 heeds it, 3.6 does not; not measured)
             x_tile = tl.load(x_pixel[None, :] + x_term[:, None], mask=inside, other=0, cache_modifier=".ca")
             w_tile = tl.load(w_row[:, None] + w_term[None, :], mask=live_k[:, None] & live_c[None, :], other=0)
-            acc = tl.dot(w_tile, x_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            acc = multiply_add(w_tile, x_tile, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
 
         if b is not None:
             acc += tl.load(b + k * stride_b, mask=live_k, other=0).to(tl.float32)[:, None]

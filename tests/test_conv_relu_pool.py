@@ -320,6 +320,24 @@ def test_route(case, algorithm):
     assert plan_of(case).route.kernel == algorithm
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype", "algorithm"),
+    [
+        (Case((8, 3, 224, 224), (64, 3, 7, 7), {"stride": 2, "padding": 3}), torch.bfloat16, "direct"),
+        (Case((8, 3, 224, 224), (64, 3, 7, 7), {"dilation": 20}), torch.bfloat16, "implicit_gemm"),
+        (Case((8, 64, 224, 224), (64, 64, 3, 3), {"padding": 1}), torch.bfloat16, "implicit_gemm"),
+        (Case((8, 256, 56, 56), (256, 256, 3, 3), {"padding": 1}), torch.bfloat16, "library"),
+        (Case((8, 64, 14, 14), (64, 1, 3, 3), {"groups": 64}), torch.float16, "library"),
+        (Case((8, 64, 14, 14), (64, 64, 3, 3), {}), torch.float32, "library"),
+        (Case((8, 64, 14, 14), (64, 64, 3, 3), {}), torch.float64, "reference"),
+    ],
+    ids=str,
+)
+def test_route_on_gpus(case, dtype, algorithm, monkeypatch):
+    monkeypatch.setattr(extension, "cuda", extension)  # as if it were built
+    assert plan_of(case, dtype, "cuda").route.kernel == algorithm
+
+
 BAD = [
     (TypeError, "want weight as a tensor, got list", lambda x, w, b: conv_relu_pool(x, [1.0], b)),
     (

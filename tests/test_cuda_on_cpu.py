@@ -14,9 +14,12 @@ import torch
 from closeness import assert_close
 from conv_relu_pool_cases import Case, double, draw, geometry_of, reference_of, run
 from cuda_on_cpu import build
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fastarch.ops.conv_relu_pool import memory_format
+from fastarch import extension
+from fastarch.ops.conv_relu_pool import Geometry, memory_format, route
 
 pytestmark = pytest.mark.skipif(shutil.which(build.cxx()) is None, reason=f"no C++ compiler {build.cxx()}")
 
@@ -266,6 +269,27 @@ def test_any_index_is_safe(name, code):
     """A byte that no forward would write must not lead a read astray: the sanitizers watch."""
     x, w, _, dy, geometry = inputs(CASES[name])
     bwd(dy, x, w, torch.full(dy.shape, code, dtype=torch.uint8), geometry)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_is_routed_here_fits(monkeypatch, data):
+    """The rule in ops/conv_relu_pool.py is simpler than what the kernels can do, and never sends them more."""
+
+    def pair(least, most):
+        return data.draw(st.tuples(st.integers(least, most), st.integers(least, most)))
+
+    geometry = Geometry(
+        pair(1, 9), (0, 0), pair(1, 40), 1, "max", pair(1, 15), pair(1, 20), (0, 0), data.draw(st.booleans())
+    )
+    w = torch.zeros(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5)), *pair(1, 24))
+    monkeypatch.setattr(extension, "cuda", extension)
+    chosen = route("cuda", torch.float32, 1, tuple(w.shape), geometry).kernel
+    size = geometry.footprint(w.shape[2:])
+    assume(chosen == "direct")
+    x = torch.zeros(1, w.shape[1], *size)
+    y, index = fwd(x, w, None, geometry)
+    bwd(y, x, w, index, geometry)
 
 
 def test_errors():

@@ -285,9 +285,24 @@ def route_cpu(dtype: torch.dtype, outputs: int, weight: tuple[int, ...], geometr
 
 
 def route_cuda(dtype: torch.dtype, outputs: int, weight: tuple[int, ...], geometry: Geometry) -> Route:
+    """Computed from operations and bytes, not measured: no GPU was at hand long enough (2026-11-20)."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return Route(REFERENCE, f"no CUDA kernel for {dtype}")
-    return Route("implicit_gemm", "")
+    (K, C, R, S), groups, terms = weight, geometry.groups, math.prod(weight[1:])
+    footprint = geometry.footprint((R, S))
+    # what surely fits the direct kernels' shared memory
+    small = terms <= 512 and max(footprint) <= 128 and C * math.prod(footprint) <= 4096 and max(geometry.stride) <= 8
+    if extension.cuda is not None and groups == 1 and C <= 4 and small:
+        return Route("direct", "few input channels starve tensor cores")
+    if K // groups < 16:
+        return Route("library", "few output channels a group leave tiles empty")
+    if dtype == torch.float32:  # Triton's exact products leave the tensor cores; whether TF32 may be used can change
+        return Route("library", "float32 convolutions are a library's strength")
+    # An element of the convolution costs 2 terms / rate, and 4 bytes written and read again where it is not fused:
+    # at 650 TFLOP/s of a library's kernel, 400 of ours and 4.3 TB/s (H200, bfloat16), both are even at 484 terms.
+    if terms >= 1024:
+        return Route("library", f"sums of {terms} terms outweigh the traffic that fusion saves")
+    return Route("implicit_gemm", "the convolution's output would outweigh its sums")
 
 
 def backend(device: str, algorithm: str) -> str:
