@@ -6,6 +6,8 @@ FASTARCH_SANITIZE=1 builds the C++ with AddressSanitizer and UndefinedBehaviorSa
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,12 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.modified import newer_group
+
+# nvcc on PATH can be a script that starts another, and torch would look for the toolkit's headers around the script.
+if (nvcc := shutil.which("nvcc")) and "CUDA_HOME" not in os.environ:
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    if top := re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE):
+        os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
 
 # An extension must be compiled against the torch that will load it: the one of the environment that installs fastarch.
 # pip's build isolation hides it, so look there as well.
@@ -79,12 +87,17 @@ def cuda_extension() -> Extension:
     )
 
 
+def compiler() -> list[str]:
+    """The C++ compiler as a command: CXX may hold arguments, or ccache before it."""
+    return shlex.split(cpp_extension.get_cxx_compiler())
+
+
 def kernel_object(isa: str, source: Path, folder: Path) -> str:
     """Compile one kernel source for one instruction set."""
     target = folder / f"{source.stem}_{isa}.o"
     if newer_group([str(source), *map(str, Path("csrc").rglob("*.h")), "setup.py"], str(target)):
         flags = [*KERNEL_FLAGS, *WARNINGS, *SANITIZE, *INSTRUCTION_SETS[isa], f"-DFASTARCH_ISA={isa}", "-Icsrc"]
-        command = [cpp_extension.get_cxx_compiler(), *flags, "-c", str(source), "-o", str(target)]
+        command = [*compiler(), *flags, "-c", str(source), "-o", str(target)]
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)
     return str(target)
@@ -95,7 +108,7 @@ def extensions() -> tuple[list[Extension], dict]:
     missing = None
     if torch is None:
         missing = "torch is not installed"
-    elif sys.platform == "win32" or shutil.which(cpp_extension.get_cxx_compiler()) is None:
+    elif sys.platform == "win32" or shutil.which(compiler()[0]) is None:
         missing = "there is no GCC or Clang"
     if missing:
         print(f"fastarch: {missing}, so no C++ or CUDA kernels are built: CPUs will run the reference, CUDA Triton")

@@ -12,6 +12,8 @@ from floors import machine, measured
 from rich.console import Console
 from rich.table import Table
 
+from fastarch.demo import saved_bytes
+
 RESULTS = pytest.StashKey[list[dict]]()
 
 
@@ -53,8 +55,9 @@ def compare(request, benchmark):
             "timings": {name: timing._asdict() for name, timing in timings.items()},
         }
         if mode == "training":
-            result["saved_bytes"] = harness.saved_bytes(case.ours, case.inputs)
-            result["eager_saved_bytes"] = harness.saved_bytes(case.reference, case.inputs)
+            inputs = [t.clone().requires_grad_() for t in case.inputs]
+            result["saved_bytes"] = saved_bytes(case.ours, *inputs)
+            result["eager_saved_bytes"] = saved_bytes(case.reference, *inputs)
         benchmark.extra_info.update(result, machine=machine(case.device), floors=floors._asdict())
         request.config.stash[RESULTS].append(result)
 
@@ -74,7 +77,10 @@ def pytest_terminal_summary(config):
     floors = measured(device)
     console = Console(width=200)
     console.print("\n" + ", ".join(f"{what} {value}" for what, value in machine(device).items()))
-    console.print(f"floors: {floors.flops / 1e12:.3g} TFLOP/s, {floors.bandwidth / 1e9:.0f} GB/s copied")
+    console.print(
+        f"floors: {floors.flops / 1e12:.3g} TFLOP/s, {floors.bandwidth / 1e9:.0f} GB/s copied, "
+        f"{floors.fresh_bandwidth / 1e9:.0f} GB/s into fresh memory"
+    )
     for mode in ("inference", "training"):
         if chosen := [r for r in results if r["mode"] == mode]:
             console.print(table(mode, chosen))

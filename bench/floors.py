@@ -17,6 +17,7 @@ from fastarch import extension
 class Floors(NamedTuple):
     flops: float  # fused multiply-adds, counted as two operations, per second
     bandwidth: float  # bytes read and written per second, streaming
+    fresh_bandwidth: float  # the same into memory that was never touched, as outputs are: every page faults
 
     def seconds(self, flops: float, moved: float) -> float:
         """The least time in which so many operations and bytes of traffic can be done."""
@@ -30,8 +31,10 @@ def on_cpu(threads: int) -> Floors:
         flags = ["-O2", "-march=native", "-ffp-contract=fast", "-pthread", "-shared", "-fPIC", "-std=c++17"]
         subprocess.run(["c++", *flags, Path(__file__).with_suffix(".cpp"), "-o", library], check=True)
         loaded = ctypes.CDLL(str(library))
-        loaded.multiply_add_rate.restype = loaded.copy_rate.restype = ctypes.c_double
-        return Floors(loaded.multiply_add_rate(threads), loaded.copy_rate(threads))
+        rates = loaded.multiply_add_rate, loaded.copy_rate, loaded.fresh_copy_rate
+        for rate in rates:
+            rate.restype = ctypes.c_double
+        return Floors(*(rate(threads) for rate in rates))
 
 
 @functools.cache
@@ -51,7 +54,8 @@ def on_gpu() -> Floors:
         end.synchronize()
         return start.elapsed_time(end) / 1e4
 
-    return Floors(2 * n**3 / seconds(lambda: a @ b), 2 * 2**30 / seconds(lambda: target.copy_(source)))
+    bandwidth = 2 * 2**30 / seconds(lambda: target.copy_(source))
+    return Floors(2 * n**3 / seconds(lambda: a @ b), bandwidth, bandwidth)
 
 
 def measured(device: torch.device) -> Floors:

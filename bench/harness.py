@@ -153,17 +153,3 @@ def calls_per_round(run: Callable[[], object], timed: Callable[[Callable, int], 
 def summary(times: list[float], ours: list[float]) -> Timing:
     low, middle, high = statistics.quantiles([t / o for t, o in zip(times, ours)], n=4)
     return Timing(statistics.median(times), min(times), middle, low, high)
-
-
-def saved_bytes(module: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """What autograd keeps for the backward."""
-    kept = {}
-
-    def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = module(*(t.clone().requires_grad_() for t in inputs))
-    del output
-    return sum(kept.values())

@@ -6,7 +6,7 @@ from torch import Tensor
 
 def cast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast: floating tensors in its dtype, float64 excepted, as in torch. The casts are differentiable."""
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and eligible(t) else t for t in tensors)

@@ -72,14 +72,20 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help="a folder of MNIST's IDX files instead of scikit-learn's digits")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="passes over the training images")] = 15,
+    epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 15,
     output: Annotated[Path, typer.Option(help="where the picture goes")] = Path("out/demo.png"),
     device: Annotated[str, typer.Option(help="cuda if there is one")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Train LeNet-5 on handwritten digits, on fastarch's kernels and on PyTorch's layers, and compare the two."""
-    from fastarch.demo import run  # here: scikit-learn and matplotlib are an extra
+    if missing := [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]:
+        raise typer.BadParameter(f"{' and '.join(missing)} missing: pip install 'fastarch[demo]'", param_hint="demo")
+    from fastarch.demo import load_digits, run  # here: they need not be installed for the other commands
 
-    run(data, epochs, output, torch.device(device), console)
+    try:
+        digits = load_digits(data)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from error
+    run(digits, epochs, output, torch.device(device), console)
 
 
 @main.command()
@@ -88,9 +94,17 @@ def explain(
     shape: Annotated[str, typer.Option(help="of the input, e.g. 1x1x32x32")],
 ) -> None:
     """Show which kernel serves each layer of a model."""
+    sys.path.append("")  # the user's own module may lie in the current folder
     module, _, name = model.partition(":")
-    sizes = [int(n) for n in shape.split("x")]
-    console.print(fastarch.explain(getattr(importlib.import_module(module), name)(), torch.randn(sizes)))
+    try:
+        build = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise typer.BadParameter(f"want module:callable, got {model!r}: {error}", param_hint="model") from error
+    try:
+        sizes = [int(n) for n in shape.split("x")]
+    except ValueError as error:
+        raise typer.BadParameter(f"want sizes such as 1x1x32x32, got {shape!r}", param_hint="--shape") from error
+    console.print(fastarch.explain(build(), torch.randn(sizes)))
 
 
 @main.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

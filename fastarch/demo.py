@@ -1,6 +1,7 @@
 """The main job on real input: LeNet-5 learns handwritten digits, on our kernels and on PyTorch's layers at once."""
 
 import gzip
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -53,17 +54,19 @@ class Learner:
         with torch.no_grad():
             return torch.cat([self.network(part).argmax(1) for part in images.split(512)])
 
-    def saved_bytes(self, images: Tensor) -> int:
-        """What autograd keeps of one batch for the backward."""
-        kept = {}
 
-        def pack(t: Tensor) -> Tensor:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
+def saved_bytes(network: nn.Module, *inputs: Tensor) -> int:
+    """What autograd keeps for the backward of network(*inputs)."""
+    kept = {}
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            self.network(images)
-        return sum(kept.values())
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = network(*inputs)  # held, or a kept tensor's address could be used again
+    del output
+    return sum(kept.values())
 
 
 def now(device: torch.device) -> float:
@@ -116,17 +119,16 @@ def idx(folder: Path, name: str) -> Tensor:
     if path is None:
         raise FileNotFoundError(f"demo: want {name} or {name}.gz in {folder}")
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    rank = content[3]
+    rank = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
-    values = torch.frombuffer(bytearray(content[4 + 4 * rank :]), dtype=torch.uint8)
-    if content[:3] != b"\0\0\x08" or values.numel() != torch.Size(sizes).numel():
+    values = bytearray(content[4 + 4 * rank :])
+    if not rank or not values or len(values) != math.prod(sizes):
         raise ValueError(f"demo: {path} is not an IDX file of bytes")
-    return values.reshape(sizes)
+    return torch.frombuffer(values, dtype=torch.uint8).reshape(sizes)
 
 
-def run(folder: Path | None, epochs: int, picture: Path, device: torch.device, console: Console) -> None:
+def run(digits: Digits, epochs: int, picture: Path, device: torch.device, console: Console) -> None:
     torch.manual_seed(0)
-    digits = load_digits(folder)
     train, test = (tuple(t.to(device) for t in part) for part in (digits.train, digits.test))
     console.print(f"LeNet-5 on {digits.source}: {len(train[1])} to learn from, {len(test[1])} to test, on {device}")
 
@@ -134,22 +136,23 @@ def run(folder: Path | None, epochs: int, picture: Path, device: torch.device, c
     ours, torchs = (
         Learner(name, n.to(device)) for name, n in (("fastarch", network), ("PyTorch", torch_lenet5(network)))
     )
+    steps = max(1, len(train[1]) // BATCH)  # per epoch; what is left over waits for the next
     with Progress(console=console) as progress:
-        task = progress.add_task("both learn from the same batches", total=epochs * (len(train[1]) // BATCH))
+        task = progress.add_task("both learn from the same batches", total=epochs * steps)
         for _ in range(epochs):
             order = torch.randperm(len(train[1]), device=device)
-            for batch in order.split(BATCH)[: len(train[1]) // BATCH]:
+            for batch in order.split(BATCH)[:steps]:
                 images, labels = train[0][batch], train[1][batch]
                 for learner in (ours, torchs):
                     learner.step(images, labels)
                 progress.update(task, advance=1, description=f"loss {ours.losses[-1]:.4f} and {torchs.losses[-1]:.4f}")
 
-    report(ours, torchs, train, test, console)
+    report(ours, torchs, train, test, steps, console)
     draw(ours, torchs, test, digits.source, picture)
     console.print(f"Loss curves and predictions: {picture}")
 
 
-def report(ours: Learner, torchs: Learner, train, test, console: Console) -> None:
+def report(ours: Learner, torchs: Learner, train, test, steps: int, console: Console) -> None:
     table = Table("", "fastarch", "PyTorch", "")
     accuracies = [learner.accuracy(*test) for learner in (ours, torchs)]
     table.add_row("test accuracy", *(f"{a:.1%}" for a in accuracies), "")
@@ -158,10 +161,9 @@ def report(ours: Learner, torchs: Learner, train, test, console: Console) -> Non
     table.add_row("training step, median", *(f"{m * 1e3:.2f} ms" for m in medians), speed)
     totals = [sum(learner.seconds) for learner in (ours, torchs)]
     table.add_row("training, total", *(f"{t:.1f} s" for t in totals), f"{totals[1] / totals[0]:.2f} times as fast")
-    saved = [learner.saved_bytes(train[0][:BATCH].clone()) for learner in (ours, torchs)]
+    saved = [saved_bytes(learner.network, train[0][:BATCH].clone()) for learner in (ours, torchs)]
     table.add_row("kept for the backward", *(f"{s / 1e6:.2f} MB" for s in saved), f"{1 - saved[0] / saved[1]:.0%} less")
-    epoch = len(train[1]) // BATCH
-    for name, part in (("loss, first epoch", slice(0, epoch)), ("loss, last epoch", slice(-epoch, None))):
+    for name, part in (("loss, first epoch", slice(0, steps)), ("loss, last epoch", slice(-steps, None))):
         curves = [learner.losses[part] for learner in (ours, torchs)]
         apart = max(abs(a - b) for a, b in zip(*curves))
         table.add_row(name, *(f"{sum(c) / len(c):.5f}" for c in curves), f"at most {apart:.2g} apart")
@@ -186,7 +188,7 @@ def draw(ours: Learner, torchs: Learner, test, source: str, picture: Path) -> No
     images, labels = test[0][:24].cpu(), test[1][:24].cpu()
     grid.suptitle(f"predictions on {source}", fontsize="medium")
     for cell, image, want, got in zip(grid.subplots(4, 6).flat, images, labels, ours.predict(test[0][:24]).cpu()):
-        cell.imshow(image[0], cmap="gray_r")
+        cell.imshow(image[0].numpy(), cmap="gray_r")
         cell.set_title(f"{got}", fontsize="small", color="black" if got == want else "red")
         cell.axis("off")
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -47,16 +47,23 @@ def explain(model: nn.Module, *inputs) -> Explanations:
     found, path = Explanations(), []
     hooks = []
 
-    def leave(module, args, output):
-        """Credit the calls since the last one that left to the innermost layer around them."""
+    def credit():
+        """The calls since the last time were made by the innermost layer that runs now."""
         found.extend(Explanation(path[-1], *call_fields(call)) for call in calls)
         calls.clear()
+
+    def enter(name):
+        credit()
+        path.append(name or "(model)")
+
+    def leave(*_):
+        credit()
         path.pop()
 
     with routing.recording() as calls, torch.no_grad():
         try:
             for name, module in model.named_modules():
-                hooks.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name or "(model)")))
+                hooks.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
                 hooks.append(module.register_forward_hook(leave))
             model(*inputs)
         finally:

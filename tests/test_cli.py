@@ -1,0 +1,244 @@
+"""The command line, and fastarch.explain, which it prints."""
+
+import gzip
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastarch
+from fastarch import cli, demo, extension, nn, ops
+
+IDX = {"train-images-idx3-ubyte": 40, "train-labels-idx1-ubyte": 40, "t10k-images-idx3-ubyte": 30}
+IDX["t10k-labels-idx1-ubyte.gz"] = 30
+
+
+@pytest.fixture(autouse=True)
+def search_path(monkeypatch):
+    """`fastarch explain` adds to it."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def fastarch_cli(*arguments) -> tuple[int, str]:
+    """The exit status of the command, and what it printed, each run of spaces, frames and line ends as one space."""
+    result = CliRunner().invoke(cli.main, [str(a) for a in arguments], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    if not isinstance(result.exception, SystemExit | None):
+        raise result.exception
+    return result.exit_code, " ".join("".join(" " if c in "│┃" else c for c in result.output).split())
+
+
+@pytest.fixture
+def mnist(tmp_path) -> Path:
+    """A folder of IDX files: few images, whose brightest rows tell the label; one of the files gzipped."""
+    for name, count in IDX.items():
+        labels = torch.arange(count, dtype=torch.uint8) % 10
+        values, sizes = labels, [count]
+        if "images" in name:
+            values, sizes = torch.randint(0, 90, (count, 28, 28), dtype=torch.uint8), [count, 28, 28]
+            for image, label in zip(values, labels.tolist()):
+                image[2 * label : 2 * label + 8] = 255
+        content = (
+            bytes([0, 0, 8, len(sizes)]) + b"".join(n.to_bytes(4, "big") for n in sizes) + values.numpy().tobytes()
+        )
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return tmp_path
+
+
+def test_without_arguments_the_commands_are_listed():
+    _, printed = fastarch_cli()
+    assert all(command in printed for command in ("info", "demo", "bench", "explain"))
+
+
+def test_info_lists_every_operation_and_the_instruction_set():
+    status, printed = fastarch_cli("info")
+    assert status == 0
+    assert f"fastarch {fastarch.__version__}, " in printed
+    assert torch.__version__ in printed
+    assert "CPU kernels " + (f"{extension.isa} (built: " if extension.cpu else "not built: reference") in printed
+    for name in ops.__all__:
+        assert f"{name} yes {'yes' if extension.cpu else 'not built'} " in printed
+
+
+def test_explain_shows_the_kernel_of_each_fused_layer():
+    status, printed = fastarch_cli("explain", "fastarch.models:lenet5", "--shape", "2x1x32x32")
+    assert status == 0
+    kernel = f"cpu-{extension.isa} direct" if extension.cpu else "reference"
+    assert f"c1 conv_relu_pool input 2x1x32x32 weight 6x1x5x5 {kernel}" in printed
+    assert f"c3 conv_relu_pool input 2x6x14x14 weight 16x6x5x5 {kernel}" in printed
+
+
+def test_explain_finds_a_module_in_the_current_folder(tmp_path, monkeypatch):
+    source = "from fastarch import nn\n\ndef network():\n    return nn.ConvReLUPool2d(3, 4, 3)\n"
+    (tmp_path / "a_module_of_the_user.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    status, printed = fastarch_cli("explain", "a_module_of_the_user:network", "--shape", "1x3x8x8")
+    assert status == 0
+    assert "(model) conv_relu_pool input 1x3x8x8 weight 4x3x3x3" in printed
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (
+            "fastarch.nonsense:lenet5",
+            "1x1x32x32",
+            "want module:callable, got 'fastarch.nonsense:lenet5': No module named",
+        ),
+        ("fastarch.models:nonsense", "1x1x32x32", "want module:callable, got 'fastarch.models:nonsense': module"),
+        ("fastarch.models", "1x1x32x32", "want module:callable, got 'fastarch.models'"),
+        ("fastarch.models:lenet5", "1,1,32,32", "want sizes such as 1x1x32x32, got '1,1,32,32'"),
+    ],
+)
+def test_explain_says_what_was_wanted(model, shape, message):
+    status, printed = fastarch_cli("explain", model, "--shape", shape)
+    assert status == 2
+    assert message in printed
+
+
+def test_bench_of_an_unknown_operation_names_the_known_ones():
+    status, printed = fastarch_cli("bench", "nonsense")
+    assert status == 2
+    assert "got 'nonsense'" in printed
+    assert all(f"'{name}'" in printed for name in ops.__all__)
+
+
+def test_bench_hands_its_options_and_pytests_status_on(monkeypatch):
+    commands = []
+    finished = cli.subprocess.CompletedProcess([], returncode=5)
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, env: commands.append(command) or finished)
+    assert fastarch_cli("bench", "conv_relu_pool", "-k", "lenet", "--peers", "eager")[0] == 5
+    (command,) = commands
+    assert command[:3] == [sys.executable, "-m", "pytest"]
+    assert any(Path(argument).name == "bench_conv_relu_pool.py" and Path(argument).exists() for argument in command)
+    assert command[-4:] == ["-k", "lenet", "--peers", "eager"]
+
+
+NUMBER = r"[\d.]+"
+COMPARISON = (
+    rf"test accuracy {NUMBER}% {NUMBER}% .*"
+    rf"training step, median {NUMBER} ms {NUMBER} ms {NUMBER} times as fast .*"
+    rf"kept for the backward {NUMBER} MB {NUMBER} MB {NUMBER}% less .*"
+    rf"loss, last epoch ({NUMBER}) ({NUMBER}) at most "
+)
+
+
+def test_demo_learns_prints_a_comparison_and_draws(tmp_path):
+    picture = tmp_path / "new" / "picture.png"
+    status, printed = fastarch_cli("demo", "--epochs", 1, "--output", picture, "--device", "cpu")
+    assert status == 0
+    assert "LeNet-5 on scikit-learn's handwritten digits: 1437 to learn from, 360 to test, on cpu" in printed
+    comparison = re.search(COMPARISON, printed)
+    assert comparison, printed
+    assert float(comparison[1]) == pytest.approx(float(comparison[2]), rel=1e-2)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_learns_from_a_folder_of_idx_files(mnist):
+    picture = mnist / "picture.png"
+    status, printed = fastarch_cli("demo", "--data", mnist, "--epochs", 12, "--output", picture, "--device", "cpu")
+    assert status == 0
+    assert "40 to learn from, 30 to test, on cpu" in printed
+    assert re.search(COMPARISON, printed), printed
+    first, last = (re.search(rf"loss, {epoch} epoch ({NUMBER})", printed) for epoch in ("first", "last"))
+    assert float(last[1]) < 0.9 * float(first[1])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_idx_files_are_read_as_they_were_written(mnist):
+    digits = demo.load_digits(mnist)
+    assert [[*t.shape] for t in (*digits.train, *digits.test)] == [[40, 1, 32, 32], [40], [30, 1, 32, 32], [30]]
+    assert digits.train[1].tolist() == [i % 10 for i in range(40)]
+    assert digits.test[1].tolist() == [i % 10 for i in range(30)]
+    assert digits.train[0].mean(3).argmax(2).flatten().sub(16 / 7 * digits.train[1]).abs().max() < 10
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "want train-images-idx3-ubyte or train-images-idx3-ubyte.gz in"),
+        (b"", "is not an IDX file of bytes"),
+        (b"\0\0\x08", "is not an IDX file of bytes"),
+        (b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0", "is not an IDX file of bytes"),
+        (b"\0\0\x08\x01\0\0\0\x02\x07", "is not an IDX file of bytes"),
+        (b"\0\0\x08\x01\0\0\0\0", "is not an IDX file of bytes"),
+    ],
+    ids=["missing", "empty", "short", "floats", "truncated", "none"],
+)
+def test_demo_says_which_file_is_wrong(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
+    status, printed = fastarch_cli("demo", "--data", tmp_path, "--output", tmp_path / "picture.png")
+    assert status == 2
+    assert message in printed
+    assert not (tmp_path / "picture.png").exists()
+
+
+def test_demo_says_which_extra_it_needs(monkeypatch, tmp_path):
+    found = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    status, printed = fastarch_cli("demo", "--epochs", 1, "--output", tmp_path / "picture.png")
+    assert status == 2
+    assert "matplotlib missing: pip install 'fastarch[demo]'" in printed
+
+
+def test_demo_wants_an_epoch():
+    status, printed = fastarch_cli("demo", "--epochs", 0)
+    assert status == 2
+    assert "--epochs" in printed
+
+
+class Mixed(nn.Module):
+    """Calls of the operation inside layers, before them and after them."""
+
+    def __init__(self):
+        super().__init__()
+        self.large = nn.ConvReLUPool2d(1, 2, 3, pool_size=16)
+        self.block = nn.Sequential(nn.ConvReLUPool2d(2, 2, 1), nn.ReLU())
+
+    def forward(self, x):
+        x = ops.conv_relu_pool(x, torch.ones(1, 1, 1, 1), pool=None)
+        x = self.block(self.large(x))
+        return ops.conv_relu_pool(x, torch.ones(2, 2, 1, 1), pool=None)
+
+
+def test_explain_shows_the_reason_for_the_reference():
+    explanations = fastarch.explain(Mixed(), torch.randn(2, 1, 70, 70))
+    large = explanations[1]
+    assert (large.layer, large.operation, large.kernel) == ("large", "conv_relu_pool", "reference")
+    assert large.shapes == {"input": (2, 1, 70, 70), "weight": (2, 1, 3, 3)}
+    assert large.reason == "one byte of index cannot describe so large a pool window"
+    (row,) = [line for line in str(explanations).splitlines() if large.reason in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "large",
+        "conv_relu_pool",
+        "input 2x1x70x70 weight 2x1x3x3",
+        "reference",
+        large.reason,
+    ]
+
+
+def test_explain_credits_each_call_to_the_layer_that_made_it():
+    explanations = fastarch.explain(Mixed(), torch.randn(2, 1, 70, 70))
+    assert [call.layer for call in explanations] == ["(model)", "large", "block.0", "(model)"]
+
+
+def test_explain_inside_reference():
+    with fastarch.reference():
+        (call,) = fastarch.explain(nn.ConvReLUPool2d(1, 2, 3), torch.randn(1, 1, 8, 8))
+    assert (call.layer, call.kernel, call.reason) == ("(model)", "reference", "inside fastarch.reference()")
+
+
+def test_explain_of_a_model_without_our_operations_is_empty():
+    assert fastarch.explain(nn.Linear(3, 4), torch.randn(2, 3)) == []
+
+
+def test_explain_leaves_the_model_as_it_was():
+    model = Mixed()
+    with pytest.raises(ValueError, match="conv_relu_pool: "):
+        fastarch.explain(model, torch.randn(2, 1, 9, 9))
+    fastarch.explain(model, torch.randn(2, 1, 70, 70))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert model(torch.randn(2, 1, 70, 70)).requires_grad
