@@ -96,8 +96,8 @@ def layout(t: Tensor) -> torch.memory_format:
 
 def check(runs: dict[str, Callable[[], tuple[Tensor, ...]]], case: Case, mode: str) -> None:
     """Nothing is timed whose results differ from the reference in float32."""
+    torch.backends.cudnn.allow_tf32 = False
     exact = case.in_float32()
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
     want = provider(peers.eager, exact.reference, exact.inputs, mode)()
     for name, run in runs.items():
         for i, (a, b) in enumerate(zip(run(), want, strict=True)):

@@ -25,11 +25,11 @@ STEM = Case(
 
 
 @pytest.fixture(autouse=True)
-def precision():
-    """Tests may set that of float32 products."""
-    before = torch.backends.cudnn.conv.fp32_precision
+def float32_products():
+    """Tests may set their precision."""
+    before = torch.backends.cudnn.allow_tf32
     yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def serves(algorithm: str, case: Case) -> bool:
@@ -52,7 +52,7 @@ def with_algorithm(case: Case, algorithm: str):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "algorithm"), SERVED)
 def test_values_and_gradients(case, algorithm, dtype, channels_last):
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
     tensors = draw(case, dtype, channels_last, "cuda")
     reference = reference_of(geometry_of(case))
     grad_output = torch.randn_like(reference(*tensors))
@@ -71,7 +71,7 @@ def test_tf32(case, algorithm):
     Gradients are a matter of test_integers_are_exact: which of two nearly equal elements is a window's maximum depends
     on rounding, and moves a whole gradient.
     """
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.allow_tf32 = True
     tensors = draw(case, torch.float32, True, "cuda")
     got = with_algorithm(case, algorithm)(*tensors)
     truth = reference_of(geometry_of(case))(*double(tensors))
@@ -79,14 +79,14 @@ def test_tf32(case, algorithm):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"), (torch.float16, "ieee")],
+    ("dtype", "tf32"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False)],
     ids=str,
 )
 @pytest.mark.parametrize(("case", "algorithm"), SERVED)
-def test_integers_are_exact(case, algorithm, dtype, precision):
+def test_integers_are_exact(case, algorithm, dtype, tf32):
     """On small integers every sum is exact, in TF32 too; ties are frequent."""
-    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.backends.cudnn.allow_tf32 = tf32
     x, w, b = (None if t is None else torch.randint_like(t, -2, 3) for t in draw(case, dtype, True, "cuda"))
     if case.options.get("pool") == "avg":  # averages divide by up to 6
         x, w, b = x, 6 * w, None if b is None else 6 * b
