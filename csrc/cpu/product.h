@@ -9,9 +9,18 @@ namespace {
 // registers (24 + 2 + 1 of 32, or 12 + 2 + 1 of 16).
 constexpr int PRODUCT_ROWS = VECTOR_REGISTERS == 32 ? 12 : 6;
 
+// Two neighbouring floats, which alternate in a vector when they are broadcast.
+typedef int64_t __attribute__((may_alias)) Pair;
+
+template <class T>
+FASTARCH_INLINE T broadcast(T x) {
+  return x;  // as a scalar operand, which the vector extensions broadcast
+}
+FASTARCH_INLINE Vec<float> broadcast(Pair x) { return (Vec<float>)splat<int64_t>(x); }
+
 // acc[p][v] += sum_i x[p * x_step + i] * w[v * w_step + i * L .. + L], i < n: the rows p broadcast against vectors v.
-template <int P, int V, class T>
-FASTARCH_INLINE void multiply_add(Vec<T> (&acc)[P][V], const T* x, int64_t x_step, const T* w, int64_t w_step,
+template <int P, int V, class T, class X>
+FASTARCH_INLINE void multiply_add(Vec<T> (&acc)[P][V], const X* x, int64_t x_step, const T* w, int64_t w_step,
                                   int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     Vec<T> factor[V];
@@ -20,7 +29,7 @@ FASTARCH_INLINE void multiply_add(Vec<T> (&acc)[P][V], const T* x, int64_t x_ste
 #pragma GCC unroll 12
     for (int p = 0; p < P; p++) {
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) acc[p][v] += factor[v] * x[p * x_step + i];
+      for (int v = 0; v < V; v++) acc[p][v] += factor[v] * broadcast(x[p * x_step + i]);
     }
   }
 }

@@ -100,6 +100,21 @@ FASTARCH_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+// a0 a2 a4 ... a1 a3 a5 ...: the inverse of interleaving a vector's halves.
+template <class T>
+FASTARCH_INLINE Vec<T> deinterleave(Vec<T> a) {
+  constexpr int L = LANES<T>;
+#if defined(__clang__)
+  Vec<T> r;
+  for (int i = 0; i < L; i++) r[i] = a[i % (L / 2) * 2 + i / (L / 2)];
+  return r;
+#else
+  Vec<IntOf<T>> from;
+  for (int i = 0; i < L; i++) from[i] = i % (L / 2) * 2 + i / (L / 2);
+  return __builtin_shuffle(a, from);
+#endif
+}
+
 // Rows to columns: v[i][j] becomes v[j][i]. log2(L) rounds, each of which interleaves row i with row i + L/2.
 template <class T>
 FASTARCH_INLINE void transpose(Vec<T> (&v)[LANES<T>]) {
