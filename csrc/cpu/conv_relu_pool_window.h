@@ -156,28 +156,23 @@ int64_t pool_rows_scratch(const ConvReluPool& p, int64_t width) {
   return ring.length * ring.row + 2 * rows_per_chunk(p) * p.PW * width;  // ring, values, indices
 }
 
-// Pooled rows [begin, end) of `width` channels (whole vectors), `live` of which are real. convolve(i, ring) computes
-// rows [i, i + AT_ONCE) of the convolution. y and index (or nullptr) point to the image's first of these channels.
-// With several images each has its share of `width`, and follows the one before in y.
-template <int AT_ONCE, class Pool, class Storage, class T, class Convolve>
-void pool_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width, int64_t live, Convolve convolve,
-               T* scratch, Storage* y, uint8_t* index, int64_t images = 1, int64_t share = 0) {
-  const Ring<T> ring = ring_of_rows<AT_ONCE>(p, width, scratch);
+// Pooled rows [begin, end) of `width` channels (whole vectors), `live` of which are real. pool_row(i, value, step, at)
+// computes one: value [PW] with the given step between columns, at [PW][width] or nullptr. y and index (or nullptr)
+// point to the image's first of these channels. With several images each has a share of `width` and follows the one
+// before.
+template <class Storage, class T, class PoolRow>
+void write_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width, int64_t live, PoolRow pool_row,
+                T* scratch, Storage* y, uint8_t* index, int64_t images = 1, int64_t share = 0) {
   const int64_t chunk = rows_per_chunk(p);
-  T* value = scratch + ring.length * ring.row;
+  T* value = scratch;
   auto* at = reinterpret_cast<IntOf<T>*>(value + chunk * p.PW * width);
   // whole vectors of a channels-last output need no copy
   const bool in_place = sizeof(Storage) == sizeof(T) && p.y.c == 1 && live == width;
-  int64_t next = 0;  // the first row not convolved yet
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t rows = least(chunk, end - first);
     for (int64_t row = 0; row < rows; row++) {
-      const Window h = window_h(p, first + row);
-      next = most(next, h.begin / AT_ONCE * AT_ONCE);
-      for (; next < h.end; next += AT_ONCE) convolve(next, ring);
       T* to = in_place ? reinterpret_cast<T*>(y + (first + row) * p.y.h) : value + row * p.PW * width;
-      pool_row<Pool>(p, first + row, ring, width, to, in_place ? p.y.w : width,
-                     index ? at + row * p.PW * width : nullptr);
+      pool_row(first + row, to, in_place ? p.y.w : width, index ? at + row * p.PW * width : nullptr);
     }
     // rows follow each other without a gap in y and index, so a chunk is one block of columns
     for (int64_t image = 0; image < images; image++) {
@@ -191,6 +186,21 @@ void pool_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width,
       }
     }
   }
+}
+
+// The same from rows of the convolution: convolve(i, ring) computes rows [i, i + AT_ONCE).
+template <int AT_ONCE, class Pool, class Storage, class T, class Convolve>
+void pool_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width, int64_t live, Convolve convolve,
+               T* scratch, Storage* y, uint8_t* index, int64_t images = 1, int64_t share = 0) {
+  const Ring<T> ring = ring_of_rows<AT_ONCE>(p, width, scratch);
+  int64_t next = 0;  // the first row not convolved yet
+  const auto from_ring = [&](int64_t row, T* value, int64_t step, IntOf<T>* at) {
+    const Window h = window_h(p, row);
+    next = most(next, h.begin / AT_ONCE * AT_ONCE);
+    for (; next < h.end; next += AT_ONCE) convolve(next, ring);
+    pool_row<Pool>(p, row, ring, width, value, step, at);
+  };
+  write_rows(p, begin, end, width, live, from_ring, scratch + ring.length * ring.row, y, index, images, share);
 }
 
 }  // namespace

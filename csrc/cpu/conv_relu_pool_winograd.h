@@ -121,7 +121,7 @@ struct Products {
                              T* products) {
     Vec<T> acc[ROWS][V] = {};
     for (int64_t c = 0; c < channels; c += L, inputs += slice) {
-      multiply_add<ROWS, V, T>(acc, inputs, L, filters + c * L, vector, least(L, channels - c));
+      multiply_add<ROWS, V, T>(acc, inputs, every(L), filters + c * L, vector, least(L, channels - c));
     }
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++) {

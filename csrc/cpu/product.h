@@ -18,9 +18,9 @@ FASTARCH_INLINE T broadcast(T x) {
 }
 FASTARCH_INLINE Vec<float> broadcast(Pair x) { return (Vec<float>)splat<int64_t>(x); }
 
-// acc[p][v] += sum_i x[p * x_step + i] * w[v * w_step + i * L .. + L], i < n: the rows p broadcast against vectors v.
-template <int P, int V, class T, class X>
-FASTARCH_INLINE void multiply_add(Vec<T> (&acc)[P][V], const X* x, int64_t x_step, const T* w, int64_t w_step,
+// acc[p][v] += sum_i x[offset(p) + i] * w[v * w_step + i * L .. + L], i < n: the rows p broadcast against vectors v.
+template <int P, int V, class T, class X, class Offset>
+FASTARCH_INLINE void multiply_add(Vec<T> (&acc)[P][V], const X* x, Offset offset, const T* w, int64_t w_step,
                                   int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     Vec<T> factor[V];
@@ -29,14 +29,19 @@ FASTARCH_INLINE void multiply_add(Vec<T> (&acc)[P][V], const X* x, int64_t x_ste
 #pragma GCC unroll 12
     for (int p = 0; p < P; p++) {
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) acc[p][v] += factor[v] * broadcast(x[p * x_step + i]);
+      for (int v = 0; v < V; v++) acc[p][v] += factor[v] * broadcast(x[offset(p) + i]);
     }
   }
 }
 
+// Rows a step apart.
+FASTARCH_INLINE auto every(int64_t step) {
+  return [step](int64_t p) { return p * step; };
+}
+
 // Rows of the next block when n are left: blocks of nearly equal size, since a small one cannot hide the latency.
-FASTARCH_INLINE int64_t balanced_rows(int64_t n) {
-  const int64_t blocks = (n + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+FASTARCH_INLINE int64_t balanced_rows(int64_t n, int64_t most = PRODUCT_ROWS) {
+  const int64_t blocks = (n + most - 1) / most;
   return (n + blocks - 1) / blocks;
 }
 
