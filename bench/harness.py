@@ -16,9 +16,9 @@ ROUNDS = 15
 ROUND_SECONDS = 0.02  # the least that one provider is timed for in a round
 BUDGET_SECONDS = 30.0  # for all rounds of a case, three at least
 PAUSE_SECONDS = 0.005  # lets the threads of the provider before stop spinning
-# Of a result's norm. In 16 bits many elements of a window are equal but for rounding: the gradient then flows to
-# another one, and a few per cent of its norm are elsewhere.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
+# Of the norm, for outputs and for gradients. Which of two elements is a window's maximum, where they are equal but for
+# rounding, moves a gradient to another place: a few of a million windows in float32, a few of a hundred in 16 bits.
+TOLERANCE = {torch.float32: (1e-4, 2e-3), torch.bfloat16: (1e-2, 0.1), torch.float16: (2e-3, 0.05)}
 L2_BYTES = 256 * 2**20  # written between two timed calls on a GPU: more than any L2 holds
 
 OURS = "fastarch"
@@ -102,7 +102,7 @@ def check(runs: dict[str, Callable[[], tuple[Tensor, ...]]], case: Case, mode: s
     for name, run in runs.items():
         for i, (a, b) in enumerate(zip(run(), want, strict=True)):
             error, scale = (a - b).norm().item(), b.norm().item()
-            if not error <= TOLERANCE[a.dtype] * scale:
+            if not error <= TOLERANCE[a.dtype][i > 0] * scale:
                 raise AssertionError(f"{name}: result {i} is off by {error:.3g} where the norm is {scale:.3g}")
 
 
