@@ -58,11 +58,12 @@ sanitize: $(READY)
 	done
 
 CUDA := .venv-cuda
+BUILT := build/cuda
 cuda-build:
 	$(PYTHON) -m venv $(CUDA)
-	$(CUDA)/bin/python -m pip install --quiet torch==2.14.1 setuptools pybind11 ninja numpy rich typer
-	FASTARCH_CUDA=1 $(CUDA)/bin/python -m pip install --quiet --no-build-isolation --no-deps .
-	cd / && $(CURDIR)/$(CUDA)/bin/python $(CURDIR)/.ci/check_cuda_build.py
+	$(CUDA)/bin/python -m pip install --quiet torch==2.14.1 setuptools pybind11 ninja numpy
+	FASTARCH_CUDA=1 $(CUDA)/bin/python setup.py --quiet build --build-base $(BUILT) --build-lib $(BUILT)/lib
+	PYTHONPATH=$(BUILT)/lib $(CUDA)/bin/python .ci/check_cuda_build.py
 
 gpu:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .

@@ -1,5 +1,6 @@
 """The `compare` fixture, the table and the plot that every benchmark shares."""
 
+import json
 import logging
 import statistics
 import warnings
@@ -21,6 +22,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("fastarch")
     group.addoption("--peers", default="", help="comma-separated; all that are installed by default")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    group.addoption("--record", default="", help="write machine, floors and timings as JSON")
     group.addoption("--plot", default="", help="write speed-ups as a PNG")
 
 
@@ -84,6 +86,10 @@ def pytest_terminal_summary(config):
     for mode in ("inference", "training"):
         if chosen := [r for r in results if r["mode"] == mode]:
             console.print(table(mode, chosen))
+    if path := config.getoption("record"):
+        record = {"machine": machine(device), "floors": floors._asdict(), "results": results}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
     if path := config.getoption("plot"):
         plot(results, Path(path))
 

@@ -20,12 +20,17 @@ struct Polyphase {
   using Domain = Products<T, TAPS>;
   static constexpr int L = LANES<T>, SIDE = Domain::SIDE, POINTS = Domain::POINTS;
 
-  // The channels (c, a, b) of the phases, in an order in which neighbours are neighbours in the input as well.
+  // The channels (c, a, b) of the phases, by rows a, and then so that neighbours are neighbours in the input as well.
   static int64_t channels(const ConvReluPool& p) { return p.stride_h * p.stride_w * p.C; }
   static int64_t slices(const ConvReluPool& p) { return ceil_div(channels(p), L); }
   static bool planes(const ConvReluPool& p) { return p.x.c != 1 && p.stride_w > 1; }
   static int64_t channel(const ConvReluPool& p, int64_t c, int64_t a, int64_t b) {
-    return planes(p) ? (c * p.stride_h + a) * p.stride_w + b : (a * p.stride_w + b) * p.C + c;
+    return planes(p) ? (a * p.C + c) * p.stride_w + b : (a * p.stride_w + b) * p.C + c;
+  }
+  // Those whose filters have TAPS rows. Others have one less, and nothing but zeros at the point infinity, which reads
+  // the last row alone: resnet_stem -14 %, alexnet_conv1 -9 % of the time on one core.
+  static int64_t tall_channels(const ConvReluPool& p) {
+    return most(0, least(p.stride_h, p.R - (TAPS - 1) * p.stride_h)) * p.stride_w * p.C;
   }
 
   // Packed: per group, filters [vector of channels k][point][channel][lane], then the bias [vector of channels][lane].
@@ -140,7 +145,7 @@ struct Polyphase {
                         T* second) {
     for (int64_t begin = 0, n; begin < tiles(p); begin += n) {
       n = balanced_rows(tiles(p) - begin);
-      Domain::template multiply<V>(inputs + begin * L, tiles(p), n, filters, channels(p), products);
+      Domain::template multiply<V>(inputs + begin * L, tiles(p), n, filters, channels(p), tall_channels(p), products);
       for (int64_t tile = begin; tile < begin + n; tile++) {
         for (int v = 0; v < V; v++) {
           const T* of_tile = products + (tile - begin) * Domain::template TILE<V> + v * L;

@@ -103,15 +103,17 @@ struct Products {
   static constexpr int64_t TILE = (POINTS * V + 1) * L;
 
   // All products of `tiles` tiles with V vectors of output channels: inputs [slice of channels][point][tile <
-  // spread][L], filters [v][point][channel][L], products [tile][TILE<V>].
+  // spread][L], filters [v][point][channel][L], products [tile][TILE<V>]. The filters of all but the first `tall`
+  // channels are 0 in the last row of points.
   template <int V>
-  static void multiply(const T* inputs, int64_t spread, int64_t tiles, const T* filters, int64_t channels,
+  static void multiply(const T* inputs, int64_t spread, int64_t tiles, const T* filters, int64_t channels, int64_t tall,
                        T* products) {
     for (int point = 0; point < POINTS; point++) {
+      const int64_t live = point < POINTS - SIDE ? channels : tall;
       for (int64_t t = 0, n; t < tiles; t += n) {
         n = balanced_rows(tiles - t);
         block_of<V>(n)(inputs + (point * spread + t) * L, POINTS * spread * L, filters + point * channels * L,
-                       POINTS * channels * L, channels, products + t * TILE<V> + point * V * L);
+                       POINTS * channels * L, live, products + t * TILE<V> + point * V * L);
       }
     }
   }

@@ -149,7 +149,7 @@ struct Winograd {
   template <class Pool, int V>
   static void run_vectors(const ConvReluPool& p, int64_t begin, int64_t end, const T* inputs, const T* filters,
                           const T* bias, int64_t live, T* products, Storage* y, uint8_t* index) {
-    Domain::template multiply<V>(inputs, block(p), end - begin, filters, p.C, products);
+    Domain::template multiply<V>(inputs, block(p), end - begin, filters, p.C, p.C, products);
     T* value = products + products_elements(p);
     auto* at = reinterpret_cast<IntOf<T>*>(value + outputs_elements(p));
     segments(p, begin, end, pooled(p), [&](const Segment& s) {
