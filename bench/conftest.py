@@ -30,6 +30,11 @@ def pytest_configure(config):
     config.stash[RESULTS] = []
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def device(request) -> torch.device:
     return torch.device(request.config.getoption("device"))
@@ -41,6 +46,7 @@ def compare(request, benchmark):
 
     def run(case: harness.Case, mode: str) -> None:
         torch._dynamo.reset()
+        torch._inductor.config.compile_threads = 1  # its pool of processes would start up while the first case is timed
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
         chosen = [name for name in request.config.getoption("peers").split(",") if name]

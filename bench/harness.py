@@ -19,7 +19,7 @@ BUDGET_SECONDS = 30.0  # for all rounds of a case, three at least
 PAUSE_SECONDS = 0.005  # lets the threads of the provider before stop spinning
 # Of the norm, for outputs and for gradients. Which of two elements is a window's maximum, where they are equal but for
 # rounding, moves a gradient to another place: a few of a million windows in float32, a few of a hundred in 16 bits.
-TOLERANCE = {torch.float32: (1e-4, 2e-3), torch.bfloat16: (1e-2, 0.1), torch.float16: (2e-3, 0.05)}
+TOLERANCE = {torch.float32: (1e-4, 5e-3), torch.bfloat16: (1e-2, 0.1), torch.float16: (2e-3, 0.05)}
 L2_BYTES = 256 * 2**20  # written between two timed calls on a GPU: more than any L2 holds
 
 OURS = "fastarch"
