@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import importlib.metadata
+import importlib.util
 import platform
 import re
 import subprocess
@@ -66,6 +68,9 @@ def measured(device: torch.device) -> Floors:
 def machine(device: torch.device) -> dict[str, str | int]:
     """What a figure must be read with."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "onnxruntime", "openvino"):
+        if importlib.util.find_spec(name) is not None:
+            versions[name] = importlib.metadata.version(name)
     if device.type == "cuda":
         clocks = [
             "nvidia-smi",
