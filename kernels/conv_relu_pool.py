@@ -81,53 +81,34 @@ class Sizes(NamedTuple):
     groups: int
 
 
-class Geometry(NamedTuple):
-    """The schema's geometry arguments, in its order."""
-
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-    pool: str
-    pool_size: list[int]
-    pool_stride: list[int]
-    pool_padding: list[int]
-    ceil_mode: bool
-
-    def sizes(self, input: Tensor, weight: Tensor) -> Sizes:
-        conv = [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(input.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation)
-        ]
-        pooled = []
-        for n, k, s, p in zip(conv, self.pool_size, self.pool_stride, self.pool_padding):
-            windows = (n + 2 * p - k + (s - 1 if self.ceil_mode else 0)) // s + 1
-            pooled.append(windows - 1 if self.ceil_mode and (windows - 1) * s >= n + p else windows)
-        n, _, h, w = input.shape
-        return Sizes(n, weight.shape[1], h, w, weight.shape[0] // self.groups, *conv, *pooled, self.groups)
-
-    def conv_arguments(self) -> tuple:
-        """Of aten's convolution, after its tensors."""
-        return *self[:3], False, (0, 0), self.groups
-
-    def conv_constants(self, weight: Tensor) -> dict:
-        r, s = weight.shape[2:]
-        return dict(R=r, S=s, STRIDE=tuple(self.stride), PADDING=tuple(self.padding), DILATION=tuple(self.dilation))
-
-    def pool_constants(self) -> dict:
-        return dict(
-            POOL=self.pool,
-            POOL_SIZE=tuple(self.pool_size),
-            POOL_STRIDE=tuple(self.pool_stride),
-            POOL_PADDING=tuple(self.pool_padding),
-        )
+def sizes_of(geometry, input: Tensor, weight: Tensor) -> Sizes:
+    conv = geometry.conv_size(input.shape[2:], weight.shape[2:])
+    n, _, h, w = input.shape
+    k, c = weight.shape[:2]
+    return Sizes(n, c, h, w, k // geometry.groups, *conv, *geometry.pooled_size(conv), geometry.groups)
 
 
-def conv_relu_pool_fwd(input: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, Tensor]:
-    """Launch, after the caller's checks. args: the geometry, algorithm, save_index; an unwanted index is empty."""
-    *geometry, algorithm, save_index = args
-    geometry = Geometry(*geometry)
-    sizes = geometry.sizes(input, weight)
+def conv_arguments(geometry) -> tuple:
+    """Of aten's convolution, after its tensors."""
+    return geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups
+
+
+def conv_constants(geometry, weight: Tensor) -> dict:
+    r, s = weight.shape[2:]
+    steps = dict(STRIDE=geometry.stride, PADDING=geometry.padding, DILATION=geometry.dilation)
+    return dict(R=r, S=s, **{name: tuple(pair) for name, pair in steps.items()})
+
+
+def pool_constants(geometry) -> dict:
+    pairs = dict(POOL_SIZE=geometry.pool_size, POOL_STRIDE=geometry.pool_stride, POOL_PADDING=geometry.pool_padding)
+    return dict(POOL=geometry.pool, **{name: tuple(pair) for name, pair in pairs.items()})
+
+
+def conv_relu_pool_fwd(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry, algorithm: str, save_index: bool
+) -> tuple[Tensor, Tensor]:
+    """Launch, after the caller's checks, with its Geometry; an index that is not wanted is empty."""
+    sizes = sizes_of(geometry, input, weight)
     output = empty((sizes.n, weight.shape[0], sizes.ph, sizes.pw), input)
     index = torch.empty_like(output, dtype=torch.uint8) if save_index else output.new_empty(0, dtype=torch.uint8)
     if sizes.n == 0:
@@ -140,12 +121,17 @@ def conv_relu_pool_fwd(input: Tensor, weight: Tensor, bias: Tensor | None, *args
 
 
 def conv_relu_pool_bwd(
-    grad_output: Tensor, input: Tensor, weight: Tensor, index: Tensor, *args
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    geometry,
+    algorithm: str,
+    output_mask: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch, after the caller's checks. args: the geometry, algorithm, output_mask; an unwanted gradient is empty."""
-    *geometry, algorithm, (want_input, want_weight, want_bias) = args
-    geometry = Geometry(*geometry)
-    sizes = geometry.sizes(input, weight)
+    """Launch, after the caller's checks, with its Geometry; a gradient that is not wanted is empty."""
+    want_input, want_weight, want_bias = output_mask
+    sizes = sizes_of(geometry, input, weight)
     if sizes.n == 0:
         grads = empty(input.shape, input), weight.new_zeros(weight.shape), weight.new_zeros(weight.shape[0])
         return tuple(g if want else g.new_empty(0) for g, want in zip(grads, (want_input, want_weight, want_bias)))
@@ -171,14 +157,14 @@ def implicit_gemm_fwd(input, weight, bias, output, index, geometry, sizes):
         input, weight, bias, output, index,
         *sizes,
         input.stride(), weight.stride(), stride_of(bias), output.stride(),
-        **geometry.conv_constants(weight), **geometry.pool_constants(),
+        **conv_constants(geometry, weight), **pool_constants(geometry),
         PRECISION=precision(input), ALIGNED=sizes.c % tile.k == 0, LANES=lanes, BLOCK_K=tile.k, **options(tile),
     )  # fmt: skip
 
 
 def implicit_gemm_bwd(grad_output, input, weight, index, geometry, sizes, want_input, want_weight):
     grad_input, grad_weight = input.new_empty(0), weight.new_empty(0)
-    constants = dict(**geometry.conv_constants(weight), **geometry.pool_constants(), PRECISION=precision(input))
+    constants = dict(**conv_constants(geometry, weight), **pool_constants(geometry), PRECISION=precision(input))
     if want_input:
         grad_input = empty(input.shape, input)
         # the sum's terms, now k, side by side again: vectors, and the only order in which wgmma reads 32-bit operands
@@ -218,21 +204,21 @@ def bwd_bias(grad_output, weight, index, geometry, sizes):
         grad_output, index, partial,
         sizes.n, k, sizes.oh, sizes.ow, sizes.ph, sizes.pw, steps, split,
         index.stride(),
-        **geometry.pool_constants(), **options(tile),
+        **pool_constants(geometry), **options(tile),
     )  # fmt: skip
     return partial.sum(0).to(weight.dtype)
 
 
 def library_fwd(input, weight, bias, output, index, geometry, sizes):
     with deterministic_cudnn():
-        v = torch.ops.aten.convolution(input, weight, None, *geometry.conv_arguments())
+        v = torch.ops.aten.convolution(input, weight, None, *conv_arguments(geometry))
     k = weight.shape[0]
     tile = choose_pool(k)
     relu_pool_fwd_kernel[(cdiv(k, tile.m) * cdiv(sizes.n * sizes.ph * sizes.pw, tile.n),)](
         v, bias, output, index,
         sizes.n, k, sizes.oh, sizes.ow, sizes.ph, sizes.pw,
         v.stride(), stride_of(bias), output.stride(),
-        **geometry.pool_constants(), **options(tile),
+        **pool_constants(geometry), **options(tile),
     )  # fmt: skip
 
 
@@ -246,11 +232,11 @@ def library_bwd(grad_output, input, weight, index, geometry, sizes, want_input, 
         grad_output, index, dv,
         sizes.n, k, sizes.oh, sizes.ow, sizes.ph, sizes.pw,
         index.stride(), dv.stride(),
-        **geometry.pool_constants(), **options(tile),
+        **pool_constants(geometry), **options(tile),
     )  # fmt: skip
     with deterministic_cudnn():
         grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
-            dv, input, weight, None, *geometry.conv_arguments(), [want_input, want_weight, False]
+            dv, input, weight, None, *conv_arguments(geometry), [want_input, want_weight, False]
         )
     return (
         laid_out(grad_input, empty(input.shape, input)) if want_input else input.new_empty(0),

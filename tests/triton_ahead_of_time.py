@@ -22,6 +22,8 @@ from fastarch.kernels import conv_relu_pool as conv
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from fastarch.ops.conv_relu_pool import Geometry
+
 GPUS = (80, 90, 100)
 
 
@@ -98,11 +100,11 @@ class Case(NamedTuple):
         w = torch.zeros(self.k * self.groups, self.c, self.taps, self.taps, dtype=self.dtype)
         b = torch.zeros(self.k * self.groups, dtype=self.dtype) if self.bias else None
         window = self.pool, self.pool_size, self.pool_stride, (self.pool_padding,) * 2, False
-        geometry = (self.stride,) * 2, (self.taps // 2,) * 2, (1, 1), self.groups, *window
+        geometry = Geometry((self.stride,) * 2, (self.taps // 2,) * 2, (1, 1), self.groups, *window)
         for algorithm in ("implicit_gemm", "library"):
-            y, index = conv.conv_relu_pool_fwd(x, w, b, *geometry, algorithm, self.training)
+            y, index = conv.conv_relu_pool_fwd(x, w, b, geometry, algorithm, self.training)
             if self.training:
-                conv.conv_relu_pool_bwd(y, x, w, index, *geometry, algorithm, [True] * 3)
+                conv.conv_relu_pool_bwd(y, x, w, index, geometry, algorithm, [True] * 3)
 
 
 RESNET = dict(c=3, taps=7, stride=2, image=(32, 32), pool_size=(3, 3), pool_padding=1)

@@ -51,7 +51,7 @@ def _(input, weight, bias, *args):
         return torch.ops.fastarch.conv_relu_pool_direct_fwd(input, weight, bias, *geometry, save_index)
     from fastarch.kernels.conv_relu_pool import conv_relu_pool_fwd  # here: a machine without Triton must import
 
-    return conv_relu_pool_fwd(input, weight, bias, *args)
+    return conv_relu_pool_fwd(input, weight, bias, Geometry(*geometry), algorithm, save_index)
 
 
 @torch.library.impl("fastarch::conv_relu_pool_bwd", "CUDA")
@@ -61,7 +61,7 @@ def _(grad_output, input, weight, index, *args):
         return torch.ops.fastarch.conv_relu_pool_direct_bwd(grad_output, input, weight, index, *geometry, output_mask)
     from fastarch.kernels.conv_relu_pool import conv_relu_pool_bwd
 
-    return conv_relu_pool_bwd(grad_output, input, weight, index, *args)
+    return conv_relu_pool_bwd(grad_output, input, weight, index, Geometry(*geometry), algorithm, output_mask)
 
 
 class Geometry(NamedTuple):

@@ -12,7 +12,7 @@ from fastarch.kernels.conv_relu_pool_fwd import pixels_at
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from fastarch.ops.conv_relu_pool import bwd, fwd
+from fastarch.ops.conv_relu_pool import Geometry, bwd, fwd
 from fastarch.ref.conv_relu_pool import conv_relu_pool as reference
 
 ALGORITHMS = ("implicit_gemm", "library")
@@ -203,8 +203,8 @@ def assert_equal(name, got, want):
 
 def run(case, algorithm, x, w, b, dy=None, index=None, mask=(True, True, True)):
     if dy is None:
-        return conv.conv_relu_pool_fwd(x, w, b, *case.geometry, algorithm, True)
-    return conv.conv_relu_pool_bwd(dy, x, w, index, *case.geometry, algorithm, mask)
+        return conv.conv_relu_pool_fwd(x, w, b, Geometry(*case.geometry), algorithm, True)
+    return conv.conv_relu_pool_bwd(dy, x, w, index, Geometry(*case.geometry), algorithm, mask)
 
 
 def check_forward(case, algorithm, x, w, b):
@@ -363,7 +363,7 @@ def test_results_are_laid_out_as_the_fakes_say(sizes, view, algorithm):
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in (x, w, b)]
         want = [fwd(*fakes, *case.geometry, algorithm, save) for save in (True, False)]
-    got = [conv.conv_relu_pool_fwd(x, w, b, *case.geometry, algorithm, save) for save in (True, False)]
+    got = [conv.conv_relu_pool_fwd(x, w, b, Geometry(*case.geometry), algorithm, save) for save in (True, False)]
     for t, fake in zip(sum(got, ()), sum(want, ())):
         assert (t.shape, t.stride(), t.dtype) == (fake.shape, fake.stride(), fake.dtype)
     y, index = got[0]
