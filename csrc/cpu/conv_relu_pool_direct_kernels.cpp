@@ -1,8 +1,9 @@
 // conv_relu_pool, directly: conv[i, j, k] = b[k] + sum_{r, s, c} x[i, j; r, s, c] w[r, s, c; k], pooled before it
 // leaves.
 //
-// A task is a band of pooled rows of one image. Its input lies in a padded tile, of which blocks of positions x
-// channels read broadcasts and accumulate in registers; rows of the convolution go through the pool's ring.
+// A task is a band of pooled rows of one image, or of two. Its input lies in a padded tile, of which blocks of
+// positions x channels read broadcasts and accumulate in registers. Windows of 2x2 are pooled there; others from rows
+// of the convolution in the pool's ring.
 #include "cpu/conv_relu_pool_tile.h"
 #include "cpu/conv_relu_pool_window.h"
 #include "cpu/product.h"
