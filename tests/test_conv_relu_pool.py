@@ -359,6 +359,11 @@ BAD = [
     ),
     (ValueError, "want stride 1 for padding 'same'", lambda x, w, b: conv_relu_pool(x, w, b, padding="same", stride=2)),
     (ValueError, "want padding as", lambda x, w, b: conv_relu_pool(x, w, b, padding="full")),
+    (
+        ValueError,
+        "want stride as one or two integers >= 1, got 1.0",  # though 1 and 1.0 are one key of a dictionary
+        lambda x, w, b: (conv_relu_pool(x, w, b, stride=1), conv_relu_pool(x, w, b, stride=1.0)),
+    ),
     (ValueError, "want dilation as", lambda x, w, b: conv_relu_pool(x, w, b, dilation=(1, 2, 3))),
     (ValueError, "want pool 'max', 'avg' or None, got 'min'", lambda x, w, b: conv_relu_pool(x, w, b, pool="min")),
     (

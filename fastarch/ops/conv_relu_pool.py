@@ -215,7 +215,7 @@ def make_plan(
     return Plan(geometry, behind, route(device, dtype, outputs, weight, geometry))
 
 
-cached_plan = functools.lru_cache(maxsize=4096)(make_plan)
+cached_plan = functools.lru_cache(maxsize=4096, typed=True)(make_plan)  # typed: 1.0 is an error, and must stay one
 
 
 def error(wanted: str, came) -> ValueError:
@@ -223,7 +223,7 @@ def error(wanted: str, came) -> ValueError:
 
 
 def pair(what: str, value, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
         raise error(f"{what} as one or two integers >= {least}", repr(value))
     return pair
