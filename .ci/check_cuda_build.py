@@ -1,5 +1,7 @@
 """In an environment with a CUDA build of torch, on a machine without a GPU: the CUDA extension loads and registers."""
 
+import importlib
+
 import torch
 
 import fastarch
@@ -7,7 +9,8 @@ from fastarch import extension
 
 assert torch.version.cuda, f"{torch.__version__} is no CUDA build"
 assert extension.cuda is not None, "fastarch._cuda was not built"
-operations = [f"fastarch::{name}_direct_{d}" for name in fastarch.ops.__all__ for d in ("fwd", "bwd")]
+algorithms = {name: importlib.import_module(f"fastarch.ops.{name}").CUDA_ALGORITHM for name in fastarch.ops.__all__}
+operations = [f"fastarch::{name}_{algorithm}_{d}" for name, algorithm in algorithms.items() for d in ("fwd", "bwd")]
 for operation in operations:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(operation, "CUDA"), f"{operation} has no CUDA implementation"
 print(f"fastarch._cuda for {extension.cuda.architectures} with torch {torch.__version__}: {', '.join(operations)}")

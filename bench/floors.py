@@ -20,6 +20,7 @@ class Floors(NamedTuple):
     flops: float  # fused multiply-adds, counted as two operations, per second
     bandwidth: float  # bytes read and written per second, streaming
     fresh_bandwidth: float  # the same into memory that was never touched, as outputs are: every page faults
+    huge_bandwidth: float  # the same where the pages are huge, which our outputs ask for
 
     def seconds(self, flops: float, moved: float) -> float:
         """The least time in which so many operations and bytes of traffic can be done."""
@@ -33,10 +34,11 @@ def on_cpu(threads: int) -> Floors:
         flags = ["-O2", "-march=native", "-ffp-contract=fast", "-pthread", "-shared", "-fPIC", "-std=c++17"]
         subprocess.run(["c++", *flags, Path(__file__).with_suffix(".cpp"), "-o", library], check=True)
         loaded = ctypes.CDLL(str(library))
-        rates = loaded.multiply_add_rate, loaded.copy_rate, loaded.fresh_copy_rate
-        for rate in rates:
+        calls = [(loaded.multiply_add_rate,), (loaded.copy_rate,)]
+        calls += [(loaded.fresh_copy_rate, huge) for huge in (False, True)]
+        for rate, *_ in calls:
             rate.restype = ctypes.c_double
-        return Floors(*(rate(threads) for rate in rates))
+        return Floors(*(rate(threads, *huge) for rate, *huge in calls))
 
 
 @functools.cache
@@ -57,7 +59,7 @@ def on_gpu() -> Floors:
         return start.elapsed_time(end) / 1e4
 
     bandwidth = 2 * 2**30 / seconds(lambda: target.copy_(source))
-    return Floors(2 * n**3 / seconds(lambda: a @ b), bandwidth, bandwidth)
+    return Floors(2 * n**3 / seconds(lambda: a @ b), bandwidth, bandwidth, bandwidth)
 
 
 def measured(device: torch.device) -> Floors:

@@ -35,6 +35,8 @@ class Case(NamedTuple):
     inputs: tuple[Tensor, ...]
     flops: float  # of the forward, done directly; a training step is taken as three
     moved: float  # bytes that the forward must at least read and write
+    moved_back: float | None = None  # and the backward; twice as many unless given
+    in_any_format: bool = True  # the memory format of the inputs is the provider's choice, not the case's
 
     @property
     def device(self) -> torch.device:
@@ -57,16 +59,19 @@ def providers(case: Case, mode: str, chosen: list[str]) -> dict[str, Callable[[]
     """By name, what runs the case once and returns its results: the output, and in training every gradient."""
     known = peers.of(case.device, mode)
     modules = {OURS: (peers.eager, case.ours), OURS_CHANNELS_LAST: (peers.channels_last, case.ours)}
-    if case.device.type == "cuda":  # where tensor cores want channels_last, and everybody uses it
+    if (
+        case.device.type == "cuda" and case.in_any_format
+    ):  # where tensor cores want channels_last, and everybody uses it
         modules = {OURS: (peers.channels_last, case.ours)}
     modules |= {name: (known[name], case.reference) for name in chosen or known if name in known}
+    if not case.in_any_format:
+        modules = {name: module for name, module in modules.items() if "channels_last" not in name}
     return {name: provider(prepare, module, case.inputs, mode) for name, (prepare, module) in modules.items()}
 
 
 def provider(prepare: Callable, module: nn.Module, inputs: tuple[Tensor, ...], mode: str):
-    training = mode == "training"
-    inputs = tuple(t.clone().requires_grad_(training) for t in inputs)
-    return (step if training else inference)(prepare(module, inputs))
+    inputs = tuple(t.clone().requires_grad_(mode != "inference") for t in inputs)
+    return {"inference": inference, "forward": forward, "training": step}[mode](prepare(module, inputs))
 
 
 def inference(call: peers.Call) -> Callable[[], tuple[Tensor, ...]]:
@@ -77,10 +82,15 @@ def inference(call: peers.Call) -> Callable[[], tuple[Tensor, ...]]:
     return run
 
 
+def forward(call: peers.Call) -> Callable[[], tuple[Tensor, ...]]:
+    """The forward half of a step, which saves what the backward needs."""
+    return lambda: (call.run(),)
+
+
 def step(call: peers.Call) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward, down to the inputs."""
     leaves = [*call.inputs, *call.module.parameters()]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)  # not the seed that drew the inputs
     output = call.run().detach()
     grad_output = torch.randn(output.shape, generator=generator).to(output).contiguous(memory_format=layout(output))
 

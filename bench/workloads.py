@@ -30,3 +30,19 @@ CONV_RELU_POOL = {
     "vgg_b5": ConvReLUPool(8, 512, 14, 14, 512, 3, 1, 1, 2, 2, 0),
     "resnet_stem": ConvReLUPool(16, 3, 224, 224, 64, 7, 2, 3, 3, 2, 1),
 }
+
+
+class BatchNorm(NamedTuple):
+    N: int
+    C: int
+    H: int
+    W: int
+
+
+BATCH_NORM = {
+    "64x64x112x112": BatchNorm(64, 64, 112, 112),
+    "64x256x56x56": BatchNorm(64, 256, 56, 56),
+    "64x512x28x28": BatchNorm(64, 512, 28, 28),
+    "64x2048x7x7": BatchNorm(64, 2048, 7, 7),
+    "64x32x14x14": BatchNorm(64, 32, 14, 14),
+}

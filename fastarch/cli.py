@@ -62,7 +62,8 @@ def triton_state(operation: str) -> str:
 
 
 def cuda_state(operation: str) -> str:
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastarch::{operation}_direct_fwd", "CUDA"):
+    algorithm = importlib.import_module(f"fastarch.ops.{operation}").CUDA_ALGORITHM
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastarch::{operation}_{algorithm}_fwd", "CUDA"):
         return "not built"
     return "yes" if torch.cuda.is_available() else "no GPU"
 

@@ -1,7 +1,6 @@
 // conv_relu_pool on CPUs, the torch side: checks, outputs, threads, registration.
 #include "cpu/conv_relu_pool.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/empty.h>
@@ -10,10 +9,10 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
-#include <memory>
 
 #include "cpu/memory.h"
+#include "cpu/parallel.h"
+#include "cpu/tensor.h"
 
 namespace fastarch {
 namespace {
@@ -43,21 +42,6 @@ int64_t pooled_size(int64_t n, int64_t size, int64_t stride, int64_t padding, bo
 }
 
 Strides4 strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-
-ElementType element_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return FLOAT32;
-    case at::kDouble:
-      return FLOAT64;
-    case at::kBFloat16:
-      return BFLOAT16;
-    case at::kHalf:
-      return FLOAT16;
-    default:
-      TORCH_CHECK_TYPE(false, "conv_relu_pool: want float32, float64, bfloat16 or float16, got ", t.scalar_type());
-  }
-}
 
 // The public function in Python explains bad arguments; these checks keep a direct call of the operation in bounds.
 ConvReluPool problem(const Tensor& x, const Tensor& weight, const Geometry& g) {
@@ -110,35 +94,6 @@ at::MemoryFormat memory_format(const Tensor& x) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-// Runs task(i, scratch) for all i, in one parallel region unless the work is too small to pay for one. A thread takes
-// the tasks of its own share one by one, for those are what its caches may still hold from the last call, and then what
-// is left of others' shares: a core that is slower or busy elsewhere holds up one task. (Tasks that went to any thread:
-// notes_conv1 170 us instead of 105.)
-template <class Task>
-void parallel(int64_t tasks, int64_t scratch_bytes, double operations, const Task& task) {
-  constexpr double WORTH_A_REGION = 1e6;  // waking a second core takes about as long as this many operations
-  const int64_t workers = operations < WORTH_A_REGION ? 1 : std::min<int64_t>(tasks, at::get_num_threads());
-  const int64_t stride = (scratch_bytes + 63) / 64 * 64;
-  const Tensor scratch = at::empty({workers * stride}, at::kByte);
-  struct alignas(64) Share {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  const auto shares = std::make_unique<Share[]>(workers);
-  for (int64_t i = 0; i < workers; i++) {
-    shares[i].next = tasks * i / workers;
-    shares[i].end = tasks * (i + 1) / workers;
-  }
-  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; worker++) {
-      for (int64_t k = 0; k < workers; k++) {
-        Share& share = shares[(worker + k) % workers];
-        for (int64_t i; (i = share.next++) < share.end;) task(i, scratch.data_ptr<uint8_t>() + worker * stride);
-      }
-    }
-  });
-}
-
 double operations(const ConvReluPool& p) { return 2.0 * p.N * p.G * p.K * p.OH * p.OW * p.C * p.R * p.S; }
 
 // The kernels of an algorithm, if it can serve the problem.
@@ -168,7 +123,7 @@ std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& wei
                                               std::string_view algorithm, bool save_index) {
   ConvReluPool p =
       problem(x, weight, {stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode});
-  const ElementType type = element_type(x);
+  const ElementType type = element_type("conv_relu_pool", x);
   TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "conv_relu_pool: want bias [",
                     weight.size(0), "]");
   TORCH_CHECK_TYPE(!bias || bias->scalar_type() == x.scalar_type(), "conv_relu_pool: input is ", x.scalar_type(),
@@ -214,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Te
                                                       std::array<bool, 3> wanted) {
   ConvReluPool p =
       problem(x, weight, {stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode});
-  const ElementType type = element_type(x);
+  const ElementType type = element_type("conv_relu_pool", x);
   const std::array<int64_t, 4> output{p.N, p.G * p.K, p.PH, p.PW};
   TORCH_CHECK_VALUE(dy.sizes() == IntArrayRef(output) && index.sizes() == IntArrayRef(output),
                     "conv_relu_pool: want grad_output and index ", IntArrayRef(output), ", got ", dy.sizes(), " and ",

@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "cpu/element_type.h"
 #include "cpu/isa.h"
 
 struct Strides4 {
@@ -25,8 +26,6 @@ struct ConvReluPool {
 constexpr int CUT = 255;         // the index of a max window that ReLU cut off
 constexpr int MAX_WINDOW = 255;  // elements of the largest max window, which the other values number
 constexpr int AVG_WINDOW = 8;    // elements of the largest average window: bits of an index
-
-enum ElementType { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, ELEMENT_TYPES };
 
 // A forward algorithm for one element type. The caller allocates `packed` and one `scratch` per thread, runs all pack
 // tasks, then all tasks, in any order and on any threads. index == nullptr: not wanted.

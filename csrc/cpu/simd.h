@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -57,6 +57,26 @@ FASTARCH_INLINE Vec<T> load(const T* p) {
 template <class T>
 FASTARCH_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+}
+
+// Past the caches, to an address that is a multiple of the vector's size; fence_streams() before other threads read it.
+template <class T>
+FASTARCH_INLINE void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128((__m128i*)p, (__m128i)v);
+#else
+  store(p, v);
+#endif
+}
+
+FASTARCH_INLINE void fence_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // The first n < LANES<T> lanes; the others are 0 when loaded and stay untouched when stored.

@@ -2,9 +2,20 @@
 
 from torch import nn as torch_nn
 
+from fastarch.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, fold_batch_norm
+from fastarch.nn.conv_bn_relu_pool import conv_bn_relu_pool
 from fastarch.nn.conv_relu_pool import ConvReLUPool1d, ConvReLUPool2d
 
-__all__ = ["ConvReLUPool1d", "ConvReLUPool2d"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "ConvReLUPool1d",
+    "ConvReLUPool2d",
+    "SyncBatchNorm",
+    "conv_bn_relu_pool",
+    "fold_batch_norm",
+]
 
 
 def __getattr__(name: str):

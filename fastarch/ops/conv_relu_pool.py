@@ -24,6 +24,7 @@ from fastarch.routing import REFERENCE, Route
 MAX_WINDOW = 255  # elements of a max window that one byte can number, 255 itself being taken
 AVG_WINDOW = 8  # elements of an average window that one byte can mark
 LARGEST_FOOTPRINT = 1 << 20  # elements per channel under one output; larger ones are absurdly dilated or strided
+CUDA_ALGORITHM = "direct"  # what csrc/cuda implements, as conv_relu_pool_direct_fwd and _bwd
 
 GEOMETRY = (
     "int[2] stride, int[2] padding, int[2] dilation, int groups, "

@@ -1,0 +1,59 @@
+"""conv_bn_relu_pool: the block of convolutional networks since 2015, over a convolution and a BatchNorm of the caller.
+
+Not a layer, because a layer would own the two and so rename their parameters: a network calls it on its own `conv1` and
+`bn1`, which keep the names that published weights have.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastarch import ops
+from fastarch.nn.batch_norm import folded
+
+POOLS = {"max": F.max_pool2d, "avg": F.avg_pool2d}
+
+
+def conv_bn_relu_pool(
+    x: Tensor,
+    conv: nn.Conv2d,
+    bn: nn.Module,
+    *,
+    pool: str | None = None,
+    pool_size: int | tuple[int, int] = 2,
+    pool_stride: int | tuple[int, int] | None = None,
+    pool_padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """y = pool(relu(bn(conv(x)))).   x [N, C, H, W] -> y [N, K, PH, PW]
+
+    In evaluation bn is folded into the convolution and everything is one `fastarch.ops.conv_relu_pool`, which calls
+    neither module: their hooks do not run. In training, and where nothing can be folded (no running statistics, padding
+    other than zeros, a layer that does more), it is the convolution, batch norm with ReLU in one pass, and the pool.
+
+    Args:
+        conv: C to K channels; `padding`, `stride`, `dilation` and `groups` are its own.
+        bn: BatchNorm2d or SyncBatchNorm of K features with activation="relu".
+        pool: "max", "avg" or None; with the sizes that follow as in `fastarch.ops.conv_relu_pool`.
+    """
+    activation = getattr(bn, "activation", None)  # torch.nn's own BatchNorm has none
+    if activation != "relu":
+        raise ValueError(f"conv_bn_relu_pool: want a BatchNorm with activation 'relu', got {activation!r}")
+    if pool is not None and pool not in POOLS:
+        raise ValueError(f"conv_bn_relu_pool: want pool 'max', 'avg' or None, got {pool!r}")
+    plain = type(conv).forward is nn.Conv2d.forward and conv.padding_mode == "zeros"
+    if plain and not bn.training and bn.running_mean is not None:
+        return ops.conv_relu_pool(
+            x,
+            *folded(conv, bn),
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            pool=pool,
+            pool_size=pool_size,
+            pool_stride=pool_stride,
+            pool_padding=pool_padding,
+            ceil_mode=ceil_mode,
+        )
+    y = bn(conv(x))
+    return y if pool is None else POOLS[pool](y, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
