@@ -11,13 +11,15 @@
 //  - CUDA_ON_CPU_ORDER=ascending (the default), descending or a number (a seed) sets the order in which blocks, warps
 //    and lanes run: a result that depends on it is a race
 //  - a barrier that some thread never reaches, more shared memory than was asked for or exists, an oversized block or
-//    grid are errors, as on the device
+//    grid, or more blocks in a cooperative launch than the device holds at once are errors, as on the device
+//  - CUDA_ON_CPU_MULTIPROCESSORS (4) and CUDA_ON_CPU_SHARED, bytes of shared memory in each (227 KB), are the device's
+//    size: small ones bring a kernel that fills the device to its limits
 //
 // Not modelled: races inside one instruction, memory ordering without barriers, streams (a launch returns when the
 // kernel has ended), and rounding: a * b + c may or may not be fused.
 //
 // The folder holds stand-ins for the CUDA headers, so use: g++ -x c++ -I tests/cuda_on_cpu -I csrc kernel.cu.
-// Kernels take their shared memory from csrc/cuda/kernel.h, the only file that knows of CUDA_ON_CPU.
+// Kernels take their shared memory from csrc/cuda/kernel.h. Only that file and inline PTX know of CUDA_ON_CPU.
 #pragma once
 
 #define CUDA_ON_CPU 1
@@ -54,6 +56,14 @@ struct uint3 {
   unsigned x, y, z;
 };
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+struct alignas(8) float2 {
+  float x, y;
+};
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -69,8 +79,16 @@ using std::min;
 namespace cuda_on_cpu {
 
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr size_t kMaxSharedBytes = 227 * 1024;  // a block's limit on sm_90
 constexpr size_t kFreeSharedBytes = 48 * 1024;  // without cudaFuncSetAttribute
+constexpr int kThreadsOfMultiprocessor = 2048;
+
+inline int setting(const char* name, int otherwise) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? otherwise : std::stoi(value);
+}
+
+inline int multiprocessors() { return setting("CUDA_ON_CPU_MULTIPROCESSORS", 4); }
+inline int max_shared_bytes() { return setting("CUDA_ON_CPU_SHARED", 227 * 1024); }  // a block's limit on sm_90
 
 enum class State { running, at_warp, at_block, at_grid, ended };
 
@@ -339,6 +357,22 @@ T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return cuda_on_cpu::exchange(mask, value)[(cuda_on_cpu::current->lane ^ bits) & (warpSize - 1)];
 }
 
+inline float __fdividef(float a, float b) { return a / b; }  // on the device less exact
+
+// Loads and stores with a hint to the caches.
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
+
 namespace cooperative_groups {
 
 struct grid_group {
@@ -378,7 +412,13 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 
 // What the host calls.
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorCooperativeLaunchTooLarge = 720
+};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrL2CacheSize };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
 
@@ -399,10 +439,39 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = cuda_on_cpu::multiprocessors();
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = cuda_on_cpu::max_shared_bytes();
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = 50 * 1024 * 1024;
+      return cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
+}
+
 template <typename... Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > cuda_on_cpu::kMaxSharedBytes) return cudaErrorInvalidValue;
+  if (bytes < 0 || bytes > cuda_on_cpu::max_shared_bytes()) return cudaErrorInvalidValue;
   cuda_on_cpu::shared_limits[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
+}
+
+// As many as threads and shared memory allow.
+template <typename... Params>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Params...), int threads, size_t bytes) {
+  const size_t shared = cuda_on_cpu::max_shared_bytes();
+  *blocks = bytes > shared ? 0 : cuda_on_cpu::kThreadsOfMultiprocessor / threads;
+  if (bytes > 0) *blocks = std::min<size_t>(*blocks, shared / bytes);
   return cudaSuccess;
 }
 
@@ -418,6 +487,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return cudaErrorInvalidConfiguration;
   bool cooperative = false;
   for (unsigned i = 0; i < config->numAttrs; ++i) cooperative |= config->attrs[i].val.cooperative != 0;
+  if (cooperative) {
+    int blocks = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, static_cast<int>(threads), config->dynamicSmemBytes);
+    if (uint64_t{grid.x} * grid.y * grid.z > uint64_t(blocks) * cuda_on_cpu::multiprocessors())
+      return cudaErrorCooperativeLaunchTooLarge;
+  }
   cuda_on_cpu::run(grid, block, config->dynamicSmemBytes, cooperative, [&] { kernel(args...); });
   return cudaSuccess;
 }

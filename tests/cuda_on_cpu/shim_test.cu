@@ -144,7 +144,9 @@ bool run(const char* name) {
                cudaSuccess &&
            launch(reverse_kernel<Barrier::block>, 1LL << 31, n, bytes, false, nullptr, x.data(), y.data(), 0) !=
                cudaSuccess &&
-           launch(reverse_kernel<Barrier::block>, 1, 1025, 5000, false, nullptr, x.data(), y.data(), 0) != cudaSuccess;
+           launch(reverse_kernel<Barrier::block>, 1, 1025, 5000, false, nullptr, x.data(), y.data(), 0) !=
+               cudaSuccess &&
+           launch(diffuse_kernel, 4 * 2048 / n + 1, n, 0, true, nullptr, y.data(), y.data(), 1) != cudaSuccess;
   }
   return false;
 }
