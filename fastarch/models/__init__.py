@@ -1,9 +1,40 @@
 """The model zoo: one architecture a file, built from the fused layers."""
 
 from fastarch.models.alexnet import alexnet
+from fastarch.models.densenet import densenet121, densenet169, densenet201
+from fastarch.models.googlenet import googlenet
 from fastarch.models.lenet5 import lenet5
 from fastarch.models.notes_cnn import notes_cnn
 from fastarch.models.notes_fnn import notes_fnn
-from fastarch.models.vgg import vgg11, vgg13, vgg16, vgg19
+from fastarch.models.resnet import resnet18, resnet34, resnet50, resnet101, resnet152
+from fastarch.models.senet import se_resnet50, se_resnet152, senet154
+from fastarch.models.unet import unet
+from fastarch.models.vgg import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 
-__all__ = ["alexnet", "lenet5", "notes_cnn", "notes_fnn", "vgg11", "vgg13", "vgg16", "vgg19"]
+__all__ = [
+    "alexnet",
+    "densenet121",
+    "densenet169",
+    "densenet201",
+    "googlenet",
+    "lenet5",
+    "notes_cnn",
+    "notes_fnn",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "se_resnet50",
+    "se_resnet152",
+    "senet154",
+    "unet",
+    "vgg11",
+    "vgg11_bn",
+    "vgg13",
+    "vgg13_bn",
+    "vgg16",
+    "vgg16_bn",
+    "vgg19",
+    "vgg19_bn",
+]
