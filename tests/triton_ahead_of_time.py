@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from fastarch.kernels import batch_norm as norm
 from fastarch.kernels import conv_relu_pool as conv
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -25,6 +26,7 @@ from triton.runtime.jit import JITFunction
 from fastarch.ops.conv_relu_pool import Geometry
 
 GPUS = (80, 90, 100)
+EPS = 1e-5
 
 
 class Driver:
@@ -44,11 +46,11 @@ class Driver:
 
 
 def compile_only(launch, gpu):
-    """The kernels that launch() launches, compiled for the GPU."""
+    """The kernels that launch() launches, compiled for the GPU: name, tile taken last before it, and kernel."""
     kernels, run = [], JITFunction.run
 
     def compile_one(self, *args, warmup, **options):
-        kernels.append((self.fn.__name__, run(self, *args, warmup=True, **options)))
+        kernels.append((self.fn.__name__, Recorder.taken, run(self, *args, warmup=True, **options)))
 
     JITFunction.run = compile_one
     triton.runtime.driver.set_active(Driver(gpu))
@@ -76,7 +78,7 @@ def resources(kernel):
     )  # fmt: skip
 
 
-class Case(NamedTuple):
+class ConvReLUPool(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     c: int = 64
     k: int = 64
@@ -110,27 +112,27 @@ class Case(NamedTuple):
 RESNET = dict(c=3, taps=7, stride=2, image=(32, 32), pool_size=(3, 3), pool_padding=1)
 ALEXNET = dict(c=3, taps=11, stride=4, image=(64, 64), pool_size=(3, 3))
 CASES = [
-    Case(),
-    Case(c=128, k=128),
-    Case(c=48, k=80),  # vectors, but channels that no BLOCK_K divides
-    Case(pool="avg"),
-    Case(pool="none", pool_size=(1, 1), pool_stride=(1, 1)),
-    Case(pool_size=(1, 2), pool_stride=(1, 2)),
-    Case(pool_size=(3, 3)),
-    Case(pool_size=(3, 3), c=128, k=128),
-    Case(groups=4),
-    Case(training=False, bias=False),
-    Case(channels_last=False),
-    Case(channels_last=False, c=128, k=128, image=(14, 14)),
-    Case(channels_last=False, c=1, k=6, taps=5, image=(32, 32)),
-    Case(c=6, k=16, taps=5, image=(14, 14)),
-    Case(c=1, k=1, taps=1, image=(2, 2)),
-    Case(**RESNET),
-    Case(channels_last=False, **RESNET),
-    Case(**ALEXNET),
-    Case(dtype=torch.float16),
+    ConvReLUPool(),
+    ConvReLUPool(c=128, k=128),
+    ConvReLUPool(c=48, k=80),  # vectors, but channels that no BLOCK_K divides
+    ConvReLUPool(pool="avg"),
+    ConvReLUPool(pool="none", pool_size=(1, 1), pool_stride=(1, 1)),
+    ConvReLUPool(pool_size=(1, 2), pool_stride=(1, 2)),
+    ConvReLUPool(pool_size=(3, 3)),
+    ConvReLUPool(pool_size=(3, 3), c=128, k=128),
+    ConvReLUPool(groups=4),
+    ConvReLUPool(training=False, bias=False),
+    ConvReLUPool(channels_last=False),
+    ConvReLUPool(channels_last=False, c=128, k=128, image=(14, 14)),
+    ConvReLUPool(channels_last=False, c=1, k=6, taps=5, image=(32, 32)),
+    ConvReLUPool(c=6, k=16, taps=5, image=(14, 14)),
+    ConvReLUPool(c=1, k=1, taps=1, image=(2, 2)),
+    ConvReLUPool(**RESNET),
+    ConvReLUPool(channels_last=False, **RESNET),
+    ConvReLUPool(**ALEXNET),
+    ConvReLUPool(dtype=torch.float16),
     *(
-        Case(dtype=torch.float32, tf32=tf32, **case)
+        ConvReLUPool(dtype=torch.float32, tf32=tf32, **case)
         for tf32, case in product(
             (True, False),
             (
@@ -146,32 +148,72 @@ CASES = [
 ]
 
 
-class Recorder(dict):
-    """A table of tiles that remembers which were taken."""
+class BatchNorm(NamedTuple):
+    dtype: torch.dtype = torch.bfloat16
+    c: int = 64
+    image: tuple = (56, 56)
+    channels_last: bool = True
+    affine: bool = True
 
-    def __init__(self, table):
-        super().__init__(table)
-        self.taken = []
+    def launch(self):
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        x = torch.zeros(2, self.c, *self.image, dtype=self.dtype).contiguous(memory_format=layout)
+        w, b = (torch.zeros(self.c) if self.affine else None for _ in range(2))
+        mean, var = norm.batch_norm_stats(x)
+        norm.batch_norm_fwd(x, x, w, b, mean, var, EPS, False, False)
+        for relu, residual in ((False, None), (True, None), (True, x)):
+            masked = relu and residual is not None
+            mask = norm.batch_norm_fwd(x, residual, w, b, mean, var, EPS, relu, masked)[3]
+            for training in (True, False):
+                saved = x, x, mask if masked else None, w, b, mean, var
+                norm.batch_norm_bwd(*saved, None, None, EPS, relu, training, [True, masked, True, True])
+
+
+CASES += [
+    *(
+        BatchNorm(dtype, c, image, channels_last)
+        for dtype in (torch.bfloat16, torch.float32)
+        for c, image, channels_last in (
+            (64, (56, 56), True),
+            (20, (14, 14), True),
+            (3, (224, 224), True),
+            (64, (56, 56), False),
+            (256, (14, 14), False),
+            (512, (2, 2), False),
+            (2048, (7, 7), False),
+            (3, (33, 31), False),
+            (1, (112, 112), False),
+        )
+    ),
+    BatchNorm(torch.float16),
+    BatchNorm(affine=False),
+]
+
+
+class Recorder(dict):
+    """A table of tiles that remembers which was taken last."""
+
+    taken = None
 
     def __getitem__(self, key):
-        self.taken.append(key)
+        Recorder.taken = key
         return super().__getitem__(key)
 
 
 def main(shard, shards):
-    tiles, seen = conv.TILES, set()
+    conv.TILES, norm.TILES = Recorder(conv.TILES), Recorder(norm.TILES)
+    seen = set()
     for case, gpu in [*product(CASES, GPUS)][shard::shards]:
         label = dict(gpu=gpu, case=repr(case), half=case.dtype != torch.float32)
-        conv.TILES = Recorder(tiles)
         try:
             kernels = compile_only(case.launch, gpu)
         except Exception as error:
             print(json.dumps(label | dict(error=f"{type(error).__name__}: {error}")), flush=True)
             continue
-        for (name, kernel), key in zip(kernels, conv.TILES.taken, strict=True):
+        for name, tile, kernel in kernels:
             if id(kernel) not in seen:  # Triton keeps it: several cases can share it
                 seen.add(id(kernel))
-                print(json.dumps(label | dict(kernel=name, tile=key) | resources(kernel)), flush=True)
+                print(json.dumps(label | dict(kernel=name, tile=tile) | resources(kernel)), flush=True)
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ def route_cuda(input: Tensor, training: bool, process_group) -> Route:
         return Route(REFERENCE, f"no CUDA kernel for {input.dtype}")
     if extension.cuda is not None and training and process_group is None and is_rows(input):
         return Route("persistent", "rows of channels, kept on chip between the statistics and the rest: read once")
-    return Route("two_pass", "statistics, then the rest, a slice of channels at a time that L2 keeps")
+    return Route("two_pass", "statistics, then the rest, from the end, which L2 still holds")
 
 
 def backend(device: str, algorithm: str) -> str:
