@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor& input, c
   const OptionalTensor r = residual ? OptionalTensor(beside("residual", *residual, x, p.rows)) : std::nullopt;
   const OptionalTensor w = contiguous(weight), b = contiguous(bias);
 
-  const Tensor y = advise_huge_pages(at::empty_like(x));
+  const Tensor y = fresh(x.sizes(), x.strides(), x.options());
   const Tensor mask =
       save_mask ? at::empty(mask_sizes(p), x.options().dtype(at::kByte)) : at::empty({0}, x.options().dtype(at::kByte));
   const auto options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad_out
 
   const auto [want_x, want_residual, want_weight, want_bias] = wanted;
   const auto beside_x = [&](bool want) {
-    return advise_huge_pages(want ? at::empty_like(x) : at::empty({0}, x.options()));
+    return want ? fresh(x.sizes(), x.strides(), x.options()) : at::empty({0}, x.options());
   };
   const auto by_channel = [&](bool want) { return at::empty({want ? p.C : 0}, mean.options()); };
   const Tensor dx = beside_x(want_x), dresidual = beside_x(want_residual);

@@ -129,9 +129,9 @@ std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& wei
   TORCH_CHECK_TYPE(!bias || bias->scalar_type() == x.scalar_type(), "conv_relu_pool: input is ", x.scalar_type(),
                    ", bias is ", bias->scalar_type());
 
-  const Tensor y = advise_huge_pages(at::empty({p.N, p.G * p.K, p.PH, p.PW}, x.options(), memory_format(x)));
-  const Tensor index =
-      save_index ? advise_huge_pages(at::empty_like(y, at::kByte)) : at::empty({0}, x.options().dtype(at::kByte));
+  const Tensor y = fresh({p.N, p.G * p.K, p.PH, p.PW}, memory_format(x), x.options());
+  const auto bytes = x.options().dtype(at::kByte);
+  const Tensor index = save_index ? fresh(y.sizes(), y.strides(), bytes) : at::empty({0}, bytes);
   p.x = strides_of(x), p.y = strides_of(y);
   if (save_index) p.index = strides_of(index);
   if (y.numel() == 0) return {y, index};
@@ -177,11 +177,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Te
   TORCH_CHECK_TYPE(dy.scalar_type() == x.scalar_type() && index.scalar_type() == at::kByte, "conv_relu_pool: input is ",
                    x.scalar_type(), ", grad_output is ", dy.scalar_type(), ", index is ", index.scalar_type());
   const auto [want_x, want_weight, want_bias] = wanted;
-  const auto fresh = [&](bool want, IntArrayRef sizes, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
-    return advise_huge_pages(want ? at::empty(sizes, x.options(), format) : at::empty({0}, x.options()));
+  const auto gradient = [&](bool want, IntArrayRef sizes, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+    return want ? fresh(sizes, format, x.options()) : at::empty({0}, x.options());
   };
-  const Tensor dx = fresh(want_x, x.sizes(), memory_format(x));
-  const Tensor dw = fresh(want_weight, weight.sizes()), db = fresh(want_bias, {weight.size(0)});
+  const Tensor dx = gradient(want_x, x.sizes(), memory_format(x));
+  const Tensor dw = gradient(want_weight, weight.sizes()), db = gradient(want_bias, {weight.size(0)});
   if (dy.numel() == 0) return {dx, dw.zero_(), db.zero_()};
   p.y = strides_of(dy), p.index = strides_of(index);
 

@@ -1,0 +1,84 @@
+"""Large outputs lie on huge pages, in memory that torch did not allocate: they must be tensors like any other."""
+
+import io
+
+import pytest
+import torch
+from batch_norm_cases import as_rows
+from torch.nn import functional as F
+
+from fastarch import extension
+from fastarch.ops import batch_norm, conv_relu_pool
+
+if extension.cpu is None:
+    pytest.skip("fastarch._C is not built", allow_module_level=True)
+
+HUGE_PAGE = 2 << 20
+SIZE = (5, 16, 117, 119)  # 4.5 MB, of no round number of pages
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Not here: memory that has to be poisoned is torch's own."""
+
+
+def normalised(layout=torch.Tensor.contiguous) -> torch.Tensor:
+    return batch_norm(layout(torch.randn(SIZE)), None, None, training=True)
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, as_rows], ids=["planes", "rows"])
+def test_outputs_and_gradients(layout):
+    # in float64: in float32 rounding would make other elements pass ReLU
+    x, residual, grad_output = (layout(torch.randn(SIZE, dtype=torch.float64)) for _ in range(3))
+    w = torch.randn(16, 16, 3, 3, dtype=torch.float64)
+
+    def ours():
+        y = batch_norm(x, None, None, training=True, residual=residual, activation="relu")
+        return y, conv_relu_pool(x, w, padding=1, pool=None)
+
+    def theirs():
+        y = (F.batch_norm(x, None, None, training=True) + residual).relu()
+        return y, F.conv2d(x, w, padding=1).relu()
+
+    leaves = [x.requires_grad_(), residual.requires_grad_(), w.requires_grad_()]
+    got, want = ours(), theirs()
+    for a, b in zip(got, want):
+        assert a.data_ptr() % HUGE_PAGE == 0, "it is no large output, or not on huge pages"
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        assert a.stride() == x.stride()
+    for a, b in zip(*(torch.autograd.grad(y, leaves, [grad_output] * 2) for y in (got, want))):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_small_outputs_and_poisoned_memory_are_torchs():
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert normalised().data_ptr() % HUGE_PAGE
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert batch_norm(torch.randn(2, 3, 4, 5), None, None, training=True).data_ptr() % HUGE_PAGE
+
+
+def test_the_storage_can_grow_be_shared_and_saved():
+    y = normalised()
+    before = y.clone()
+    assert y.untyped_storage().nbytes() == before.nbytes
+    file = io.BytesIO()
+    torch.save(y, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), before)
+    y.resize_(2, *SIZE)
+    assert torch.equal(y[0], before)
+    shared = normalised().share_memory_()
+    assert shared.is_shared()
+
+
+def test_memory_is_given_back():
+    resource = pytest.importorskip("resource")
+    for _ in range(3):
+        normalised()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(50):
+        normalised()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KB, on Linux
+    assert grown < 50 * 1024, f"{grown} KB more after 50 outputs of 4.5 MB"
