@@ -15,6 +15,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 SOURCES := setup.py pyproject.toml requirements-dev.txt fastarch/version.py $(wildcard csrc/*.* csrc/*/*.*)
+CPU_TESTS := $(filter-out %_gpu.py %_cuda_on_cpu.py,$(wildcard tests/test_conv_relu_pool*.py tests/test_batch_norm*.py))
 PEERS := onnx onnxruntime onnxscript openvino
 
 # `kernels/` and `fastarch/` must be found where they are installed, never because of the current directory
@@ -35,8 +36,8 @@ demo: $(READY)
 # Each instruction set that this machine has; the GPU kernels interpreted, in a process of their own.
 test: $(READY)
 	$(BIN)/pytest tests --ignore tests/interpreted $(ARGS)
-	FASTARCH_CPU_ISA=avx2 $(BIN)/pytest tests/test_conv_relu_pool.py tests/test_conv_relu_pool_fuzz.py $(ARGS)
-	FASTARCH_CPU_ISA=generic $(BIN)/pytest tests/test_conv_relu_pool.py tests/test_conv_relu_pool_fuzz.py $(ARGS)
+	FASTARCH_CPU_ISA=avx2 $(BIN)/pytest $(CPU_TESTS) $(ARGS)
+	FASTARCH_CPU_ISA=generic $(BIN)/pytest $(CPU_TESTS) $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted $(ARGS)
 
 bench: $(READY)
@@ -54,7 +55,7 @@ sanitize: $(READY)
 	for isa in avx512 avx2 generic; do \
 	  FASTARCH_CPU_ISA=$$isa FASTARCH_FUZZ_EXAMPLES=400 PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libubsan.so)" \
-	  $(BIN)/pytest tests/test_conv_relu_pool_fuzz.py tests/test_conv_relu_pool.py -k "exact or nonsense" $(ARGS) || exit 1; \
+	  $(BIN)/pytest $(CPU_TESTS) -k "fuzz or exact or nonsense" $(ARGS) || exit 1; \
 	done
 
 CUDA := .venv-cuda
@@ -68,7 +69,8 @@ cuda-build:
 gpu:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m pytest tests -m gpu $(ARGS)
-	$(PYTHON) -m fastarch.cli bench $(OP)
+	$(PYTHON) -m fastarch.cli bench conv_relu_pool
+	$(PYTHON) -m fastarch.cli bench batch_norm
 
 clean:
 	rm -rf .venv $(CUDA) build dist out *.egg-info fastarch/*.so .pytest_cache .ruff_cache .hypothesis

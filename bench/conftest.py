@@ -23,6 +23,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("fastarch")
     group.addoption("--peers", default="", help="comma-separated; all that are installed by default")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    group.addoption("--budget", type=float, default=30.0, help="seconds for all rounds of a case, three at least")
     group.addoption("--record", default="", help="write machine, floors and timings as JSON")
     group.addoption("--plot", default="", help="write speed-ups as a PNG")
 
@@ -53,7 +54,7 @@ def compare(request, benchmark):
         chosen = [name for name in request.config.getoption("peers").split(",") if name]
         runs = harness.providers(case, mode, chosen)
         harness.check(runs, case, mode)
-        timings = harness.time_all(runs, case.device)
+        timings = harness.time_all(runs, case.device, request.config.getoption("budget"))
         benchmark.pedantic(runs[harness.OURS], rounds=5, iterations=10)
 
         floors, flops, moved = measured(case.device), case.flops, case.moved

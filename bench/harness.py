@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 ROUNDS = 15
 ROUND_SECONDS = 0.02  # the least that one provider is timed for in a round
-BUDGET_SECONDS = 30.0  # for all rounds of a case, three at least
 PAUSE_SECONDS = 0.005  # lets the threads of the provider before stop spinning
 # Of the norm, for outputs and for gradients. Which of two elements is a window's maximum, where they are equal but for
 # rounding, moves a gradient to another place: a few of a million windows in float32, a few of a hundred in 16 bits.
-TOLERANCE = {torch.float32: (1e-4, 5e-3), torch.bfloat16: (1e-2, 0.1), torch.float16: (2e-3, 0.05)}
+TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (1e-2, 0.1), torch.float16: (2e-3, 0.05)}
 L2_BYTES = 256 * 2**20  # written between two timed calls on a GPU: more than any L2 holds
 
 OURS = "fastarch"
@@ -36,15 +35,16 @@ class Case(NamedTuple):
     flops: float  # of the forward, done directly; a training step is taken as three
     moved: float  # bytes that the forward must at least read and write
     moved_back: float | None = None  # and the backward; twice as many unless given
+    of_inputs: bool = True  # whether a step wants the gradients of the inputs as well
     in_any_format: bool = True  # the memory format of the inputs is the provider's choice, not the case's
 
     @property
     def device(self) -> torch.device:
         return self.inputs[0].device
 
-    def in_float32(self) -> "Case":
-        reference = copy.deepcopy(self.reference).float()
-        return self._replace(reference=reference, inputs=tuple(t.float() for t in self.inputs))
+    def in_float64(self) -> "Case":
+        reference = copy.deepcopy(self.reference).double()
+        return self._replace(reference=reference, inputs=tuple(t.double() for t in self.inputs))
 
 
 class Timing(NamedTuple):
@@ -66,11 +66,11 @@ def providers(case: Case, mode: str, chosen: list[str]) -> dict[str, Callable[[]
     modules |= {name: (known[name], case.reference) for name in chosen or known if name in known}
     if not case.in_any_format:
         modules = {name: module for name, module in modules.items() if "channels_last" not in name}
-    return {name: provider(prepare, module, case.inputs, mode) for name, (prepare, module) in modules.items()}
+    return {name: provider(prepare, module, case, mode) for name, (prepare, module) in modules.items()}
 
 
-def provider(prepare: Callable, module: nn.Module, inputs: tuple[Tensor, ...], mode: str):
-    inputs = tuple(t.clone().requires_grad_(mode != "inference") for t in inputs)
+def provider(prepare: Callable, module: nn.Module, case: Case, mode: str):
+    inputs = tuple(t.clone().requires_grad_(mode != "inference" and case.of_inputs) for t in case.inputs)
     return {"inference": inference, "forward": forward, "training": step}[mode](prepare(module, inputs))
 
 
@@ -89,7 +89,7 @@ def forward(call: peers.Call) -> Callable[[], tuple[Tensor, ...]]:
 
 def step(call: peers.Call) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward, down to the inputs."""
-    leaves = [*call.inputs, *call.module.parameters()]
+    leaves = [t for t in (*call.inputs, *call.module.parameters()) if t.requires_grad]
     generator = torch.Generator().manual_seed(1)  # not the seed that drew the inputs
     output = call.run().detach()
     grad_output = torch.randn(output.shape, generator=generator).to(output).contiguous(memory_format=layout(output))
@@ -106,10 +106,12 @@ def layout(t: Tensor) -> torch.memory_format:
 
 
 def check(runs: dict[str, Callable[[], tuple[Tensor, ...]]], case: Case, mode: str) -> None:
-    """Nothing is timed whose results differ from the reference in float32."""
-    torch.backends.cudnn.allow_tf32 = False
-    exact = case.in_float32()
-    want = provider(peers.eager, exact.reference, exact.inputs, mode)()
+    """Nothing is timed whose results differ from the reference in float64.
+
+    In float32 torch's own batch norm of 64x64x112x112 in channels_last is off by 5e-5, and its gradients by 5e-3.
+    """
+    exact = case.in_float64()
+    want = provider(peers.eager, exact.reference, exact, mode)()
     for name, run in runs.items():
         for i, (a, b) in enumerate(zip(run(), want, strict=True)):
             error, scale = (a - b).norm().item(), b.norm().item()
@@ -117,12 +119,12 @@ def check(runs: dict[str, Callable[[], tuple[Tensor, ...]]], case: Case, mode: s
                 raise AssertionError(f"{name}: result {i} is off by {error:.3g} where the norm is {scale:.3g}")
 
 
-def time_all(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Timing]:
+def time_all(runs: dict[str, Callable[[], object]], device: torch.device, budget: float) -> dict[str, Timing]:
     """Interleaved timings; ratios refer to ours."""
     timed = timed_on_gpu if device.type == "cuda" else timed_on_cpu
     calls = {name: calls_per_round(run, timed) for name, run in runs.items()}
     times = {name: [] for name in runs}
-    deadline = time.perf_counter() + BUDGET_SECONDS
+    deadline = time.perf_counter() + budget
     gc.disable()
     for done in range(ROUNDS):
         if done >= 3 and time.perf_counter() > deadline:

@@ -46,3 +46,6 @@ BATCH_NORM = {
     "64x2048x7x7": BatchNorm(64, 2048, 7, 7),
     "64x32x14x14": BatchNorm(64, 32, 14, 14),
 }
+
+
+MODELS = {"resnet18": (3, 224, 224), "resnet50": (3, 224, 224)}  # by name, the shape of an image

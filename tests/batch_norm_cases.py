@@ -1,11 +1,14 @@
 """Shapes and options that batch_norm is tested on, and the results to hold it against."""
 
+import importlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastarch.ref.batch_norm import batch_norm as reference
+
+op = importlib.import_module("fastarch.ops.batch_norm")  # the module, not the function of its name
 
 EPS = 1e-3
 
@@ -53,6 +56,11 @@ CASES = [
     Case((6, 12), relu=True, training=False),
 ]
 
+PLAIN = Case((3, 5, 6, 7))
+FULL = Case((3, 10, 7, 5), residual=True, relu=True)
+ROWS = Case((9, 13), residual=True, relu=True)
+EVALUATION = FULL._replace(training=False)
+
 
 def draw(case: Case, dtype: torch.dtype, channels_last: bool = False, device: str = "cpu") -> dict[str, Tensor | None]:
     """The arguments by name, from the seed; channels have means and scales of their own."""
@@ -95,3 +103,24 @@ def in_torch(**arguments) -> Tensor:
 
 def double(drawn: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: t if t is None else t.double() for name, t in drawn.items()}
+
+
+def arguments_of_fwd(case: Case, dtype: torch.dtype, channels_last: bool = False) -> dict:
+    """fwd's, per-channel tensors in the dtype that it wants them in."""
+    drawn = draw(case, dtype, channels_last)
+    per_channel = [None if t is None else t.to(op.statistics_dtype(dtype)) for t in list(drawn.values())[2:]]
+    weight, bias, mean, var = per_channel
+    given = {"mean": None, "var": None} if case.training else {"mean": mean, "var": var}
+    tensors = {"input": drawn["input"], "residual": drawn["residual"], "weight": weight, "bias": bias} | given
+    save_mask = case.relu and case.residual
+    return tensors | {"eps": EPS, "relu": case.relu, "save_mask": save_mask, "algorithm": "two_pass"}
+
+
+def arguments_of_bwd(case: Case, dtype: torch.dtype, channels_last: bool = False) -> dict:
+    given = arguments_of_fwd(case, dtype, channels_last)
+    y, *batch, mask = op.fwd(**given)
+    saved = {"grad_output": torch.randn_like(y), "input": given["input"], "mask": mask if mask.numel() else None}
+    mean, var = batch if case.training else (given["mean"], given["var"])
+    saved |= {"weight": given["weight"], "bias": given["bias"], "mean": mean, "var": var}
+    saved |= {"mean_dz": None, "mean_dz_xhat": None, "eps": EPS, "relu": case.relu, "training": case.training}
+    return saved | {"algorithm": "two_pass", "output_mask": [True] * 4}

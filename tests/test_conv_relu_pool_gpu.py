@@ -209,7 +209,7 @@ def test_autocast():
 
 
 def test_models_train_as_torch():
-    model = fastarch.models.vgg11(num_classes=10).cuda().to(memory_format=torch.channels_last)
+    model = fastarch.models.vgg11(classes=10).cuda().to(memory_format=torch.channels_last)
     model.eval()  # without dropout
     x = torch.randn(2, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
     grads = []

@@ -145,17 +145,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor& input, c
       save_mask ? at::empty(mask_sizes(p), x.options().dtype(at::kByte)) : at::empty({0}, x.options().dtype(at::kByte));
   const auto options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   uint8_t* bits = save_mask ? mask.data_ptr<uint8_t>() : nullptr;
-  const Workspace memory(kernel.constants_bytes(p));
+  const Tensor memory = workspace(kernel.constants_bytes(p));
   const Affine affine{data(w), data(b)};
   const auto apply = [&](Range n, Range c) {
-    kernel.apply(p, x.const_data_ptr(), data(r), memory.data(), y.data_ptr(), bits, n, c);
+    kernel.apply(p, x.const_data_ptr(), data(r), memory.data_ptr(), y.data_ptr(), bits, n, c);
   };
   const int64_t statistics = given_mean ? 0 : p.C;
   const Tensor mean = at::zeros({statistics}, options), var = at::zeros({statistics}, options);
   if (x.numel() == 0) return {y, mean, var, mask};
   if (given_mean) {
     const OptionalTensor m = contiguous(given_mean), v = contiguous(given_var);
-    kernel.constants(p, affine, data(m), data(v), {0, p.C}, memory.data());
+    kernel.constants(p, affine, data(m), data(v), {0, p.C}, memory.data_ptr());
     everywhere(p, apply);
     return {y, mean, var, mask};
   }
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor& input, c
   const Tensor moments = at::empty({parts, 2, p.C}, x.options().dtype(at::kDouble));
   const auto merge = [&](Range c) {
     kernel.statistics(p, moments.const_data_ptr<double>(), parts, c, mean.data_ptr(), var.data_ptr());
-    kernel.constants(p, affine, mean.const_data_ptr(), var.const_data_ptr(), c, memory.data());
+    kernel.constants(p, affine, mean.const_data_ptr(), var.const_data_ptr(), c, memory.data_ptr());
   };
   const bool at_once = !p.rows && parts == 1;  // a channel is normalised while the cache holds it
   by_parts(p, parts, kernel.scratch_bytes(p), [&](Range n, Range c, int64_t part, void* scratch) {
@@ -205,15 +205,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad_out
   const Tensor dweight = by_channel(want_weight), dbias = by_channel(want_bias);
   if (x.numel() == 0) return {dx, dresidual, dweight.zero_(), dbias.zero_()};
 
-  const Workspace memory(kernel.constants_bytes(p));
+  const Tensor memory = workspace(kernel.constants_bytes(p));
   const uint8_t* bits = static_cast<const uint8_t*>(data(m));
-  kernel.constants(p, {data(w), data(b)}, mean.const_data_ptr(), var.const_data_ptr(), {0, p.C}, memory.data());
+  kernel.constants(p, {data(w), data(b)}, mean.const_data_ptr(), var.const_data_ptr(), {0, p.C}, memory.data_ptr());
   const OptionalTensor dz = contiguous(mean_dz), dz_xhat = contiguous(mean_dz_xhat);
-  if (dz) kernel.means(p, var.const_data_ptr(), data(dz), data(dz_xhat), {0, p.C}, memory.data());
+  if (dz) kernel.means(p, var.const_data_ptr(), data(dz), data(dz_xhat), {0, p.C}, memory.data_ptr());
   const auto apply = [&](Range n, Range c) {
     if (want_x || want_residual)
-      kernel.apply(p, dy.const_data_ptr(), x.const_data_ptr(), bits, memory.data(), want_x ? dx.data_ptr() : nullptr,
-                   want_residual ? dresidual.data_ptr() : nullptr, n, c);
+      kernel.apply(p, dy.const_data_ptr(), x.const_data_ptr(), bits, memory.data_ptr(),
+                   want_x ? dx.data_ptr() : nullptr, want_residual ? dresidual.data_ptr() : nullptr, n, c);
   };
   const bool from_batch = training && !mean_dz;  // dx needs the means, and they are those of this batch
   if (!want_weight && !want_bias && !(from_batch && want_x)) {
@@ -224,12 +224,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad_out
   const Tensor sums = at::empty({parts, 2, p.C}, x.options().dtype(at::kDouble));
   const auto merge = [&](Range c) {
     kernel.gradients(p, var.const_data_ptr(), sums.const_data_ptr<double>(), parts, c,
-                     from_batch ? memory.data() : nullptr, want_weight ? dweight.data_ptr() : nullptr,
+                     from_batch ? memory.data_ptr() : nullptr, want_weight ? dweight.data_ptr() : nullptr,
                      want_bias ? dbias.data_ptr() : nullptr);
   };
   const bool at_once = !p.rows && parts == 1;
   by_parts(p, parts, kernel.scratch_bytes(p), [&](Range n, Range c, int64_t part, void* scratch) {
-    kernel.sums(p, dy.const_data_ptr(), x.const_data_ptr(), bits, memory.data(), n, c,
+    kernel.sums(p, dy.const_data_ptr(), x.const_data_ptr(), bits, memory.data_ptr(), n, c,
                 sums.data_ptr<double>() + 2 * part * p.C, scratch);
     if (at_once) merge(c), apply(n, c);
   });

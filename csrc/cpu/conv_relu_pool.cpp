@@ -151,12 +151,12 @@ std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& wei
     return {y, index};
   }
   const ConvReluPoolFwd& kernel = forward(p, algorithm).of[type];
-  const Workspace packed(kernel.packed_bytes(p));
+  const Tensor packed = workspace(kernel.packed_bytes(p));
   parallel(kernel.pack_tasks(p), 0, 16.0 * filters.numel(), [&](int64_t task, void*) {
-    kernel.pack(p, filters.const_data_ptr(), bias ? b.const_data_ptr() : nullptr, packed.data(), task);
+    kernel.pack(p, filters.const_data_ptr(), bias ? b.const_data_ptr() : nullptr, packed.data_ptr(), task);
   });
   parallel(kernel.tasks(p), kernel.scratch_bytes(p), operations(p), [&](int64_t task, void* scratch) {
-    kernel.run(p, x.const_data_ptr(), packed.data(), y.data_ptr(), at, task, scratch);
+    kernel.run(p, x.const_data_ptr(), packed.data_ptr(), y.data_ptr(), at, task, scratch);
   });
   return {y, index};
 }
@@ -188,13 +188,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Te
   if (want_weight || want_bias) {
     p.x = strides_of(x);
     const ConvReluPoolBwdWeight& kernel = FASTARCH_SELECT(conv_relu_pool_bwd_weight).of[type];
-    const Workspace sums(kernel.sums_bytes(p));
+    const Tensor sums = workspace(kernel.sums_bytes(p));
     parallel(kernel.tasks(p), kernel.scratch_bytes(p), operations(p), [&](int64_t task, void* scratch) {
-      kernel.run(p, x.const_data_ptr(), dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), sums.data(), task,
+      kernel.run(p, x.const_data_ptr(), dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), sums.data_ptr(), task,
                  scratch);
     });
     parallel(p.G * p.K, 0, 16.0 * weight.numel(), [&](int64_t channel, void*) {
-      kernel.finish(p, sums.data(), want_weight ? dw.data_ptr() : nullptr, want_bias ? db.data_ptr() : nullptr,
+      kernel.finish(p, sums.data_ptr(), want_weight ? dw.data_ptr() : nullptr, want_bias ? db.data_ptr() : nullptr,
                     channel);
     });
   }
@@ -202,11 +202,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Te
     p.x = strides_of(dx);
     const ConvReluPoolBwdInput& kernel = FASTARCH_SELECT(conv_relu_pool_bwd_input).of[type];
     const Tensor filters = weight.contiguous();
-    const Workspace packed(kernel.packed_bytes(p));
+    const Tensor packed = workspace(kernel.packed_bytes(p));
     parallel(kernel.pack_tasks(p), 0, 16.0 * weight.numel(),
-             [&](int64_t task, void*) { kernel.pack(p, filters.const_data_ptr(), packed.data(), task); });
+             [&](int64_t task, void*) { kernel.pack(p, filters.const_data_ptr(), packed.data_ptr(), task); });
     parallel(kernel.tasks(p), kernel.scratch_bytes(p), operations(p), [&](int64_t task, void* scratch) {
-      kernel.run(p, packed.data(), dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), dx.data_ptr(), task, scratch);
+      kernel.run(p, packed.data_ptr(), dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), dx.data_ptr(), task,
+                 scratch);
     });
   }
   return {dx, dw, db};

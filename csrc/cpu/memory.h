@@ -10,9 +10,12 @@
 #include <c10/core/MemoryFormat.h>
 #include <c10/util/strides.h>
 
-#include <atomic>
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
+#include <mutex>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -20,10 +23,53 @@
 
 namespace fastarch {
 
-// Where uninitialised memory has to be poisoned, it must be torch's own, and nothing may be left in it of another call.
+// Where uninitialised memory has to be poisoned, it must be torch's own, and nothing may be left in it.
 inline bool poisons_memory() {
   return at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory();
 }
+
+// Blocks of huge pages that were given back, the oldest first, for the next one that asks for as many bytes: a page
+// that is still there need not be cleared again. As malloc does, it keeps blocks of up to 32 MB, here 64 MB of them in
+// all.
+class KeptBlocks {
+ public:
+  struct Block {
+    void* memory;
+    size_t bytes;
+  };
+
+  static KeptBlocks& all() {
+    static auto* const kept = new KeptBlocks;  // never destroyed: tensors may outlive whatever has an order
+    return *kept;
+  }
+
+  void* take(size_t bytes) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
+    const auto found = std::find_if(blocks_.rbegin(), blocks_.rend(), [&](Block b) { return b.bytes == bytes; });
+    if (found == blocks_.rend()) return nullptr;
+    void* const memory = found->memory;
+    blocks_.erase(std::next(found).base());
+    total_ -= bytes;
+    return memory;
+  }
+
+  void give_back(Block block) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || block.bytes > LARGEST) return std::free(block.memory);
+    blocks_.push_back(block);
+    for (total_ += block.bytes; total_ > MOST; blocks_.erase(blocks_.begin())) {
+      total_ -= blocks_.front().bytes;
+      std::free(blocks_.front().memory);
+    }
+  }
+
+ private:
+  static constexpr size_t LARGEST = 32 << 20, MOST = 4 * LARGEST;
+  std::mutex mutex_;
+  std::vector<Block> blocks_;
+  size_t total_ = 0;
+};
 
 // An uninitialised tensor; a large one on huge pages, because page faults are most of the cost of fresh memory: a copy
 // of 205 MB took 24 ms into warm memory, 114 into fresh, 40 into fresh on huge pages. It begins on such a page, or its
@@ -32,15 +78,21 @@ inline at::Tensor fresh(at::IntArrayRef sizes, at::IntArrayRef strides, const at
 #if defined(__linux__)
   constexpr size_t PAGE = 2 << 20, LARGE = 2 * PAGE;  // what the last page wastes is at most half
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
-  void* memory = nullptr;
-  if (bytes >= LARGE && !poisons_memory() && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator() &&
-      posix_memalign(&memory, PAGE, bytes) == 0) {
-    madvise(memory, (bytes + PAGE - 1) / PAGE * PAGE, MADV_HUGEPAGE);
-    at::Tensor t = at::empty({0}, options);
-    t.storage().set_data_ptr_noswap({memory, memory, std::free, at::kCPU});
-    t.storage().set_nbytes(bytes);
-    t.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
-    return t;
+  const size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
+  if (bytes >= LARGE && !poisons_memory() && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator()) {
+    void* memory = KeptBlocks::all().take(whole);
+    if (!memory && posix_memalign(&memory, PAGE, whole) == 0) madvise(memory, whole, MADV_HUGEPAGE);
+    if (memory) {
+      const auto give_back = [](void* context) {
+        const std::unique_ptr<KeptBlocks::Block> block(static_cast<KeptBlocks::Block*>(context));
+        KeptBlocks::all().give_back(*block);
+      };
+      at::Tensor t = at::empty({0}, options);
+      t.storage().set_data_ptr_noswap({memory, new KeptBlocks::Block{memory, whole}, give_back, at::kCPU});
+      t.storage().set_nbytes(bytes);
+      t.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
+      return t;
+    }
   }
 #endif
   return at::empty_strided(sizes, strides, options);
@@ -51,28 +103,7 @@ inline at::Tensor fresh(at::IntArrayRef sizes, at::MemoryFormat format, const at
                                                   : fresh(sizes, c10::contiguous_strides(sizes), options);
 }
 
-// Memory for the time of one call, kept for the next. In fresh memory vgg_b5, which transforms 17 MB of filters, took
-// from 8 to 12 ms, as malloc happened to give the pages back in between or not; in kept memory 8 to 9.
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes) : buffer_(kept_.exchange(nullptr)) {
-    if (!buffer_ || int64_t(buffer_->nbytes()) < bytes || poisons_memory()) {
-      buffer_.reset();
-      buffer_ = std::make_unique<at::Tensor>(fresh({bytes}, {1}, at::kByte));
-    }
-  }
-  ~Workspace() {
-    if (buffer_->nbytes() <= MOST_KEPT) delete kept_.exchange(buffer_.release());
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-
-  void* data() const { return buffer_->data_ptr(); }
-
- private:
-  static constexpr size_t MOST_KEPT = 64 << 20;
-  static inline std::atomic<at::Tensor*> kept_{nullptr};
-  std::unique_ptr<at::Tensor> buffer_;
-};
+// Memory for the time of one call.
+inline at::Tensor workspace(int64_t bytes) { return fresh({bytes}, {1}, at::kByte); }
 
 }  // namespace fastarch

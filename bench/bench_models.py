@@ -1,0 +1,29 @@
+"""Whole networks, a training step and inference, against the same networks on torch's own layers."""
+
+import pytest
+import torch
+from harness import Case
+from model_twins import TWINS
+from torch.utils.flop_counter import FlopCounterMode
+from workloads import MODELS
+
+import fastarch
+
+
+def case(name: str, image: tuple[int, ...], batch: int, mode: str, device: torch.device) -> Case:
+    ours = getattr(fastarch.models, name)().to(device)
+    reference = TWINS[name]().to(device)
+    reference.load_state_dict(ours.state_dict())
+    images = torch.randn(batch, *image, device=device)
+    for model in (ours, reference):
+        model.train(mode == "training")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        y = reference(images)
+    moved = sum(p.nbytes for p in ours.parameters()) + images.nbytes + y.nbytes
+    return Case(f"{name} {batch}x", ours, reference, (images,), counter.get_total_flops(), moved, of_inputs=False)
+
+
+@pytest.mark.parametrize(("mode", "batch"), [("training", 8), ("inference", 1), ("inference", 8)])
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, mode, batch, compare, device):
+    compare(case(name, MODELS[name], batch, mode, device), mode)
