@@ -69,12 +69,14 @@ std::vector<int64_t> mask_sizes(const BatchNorm& p) {
   return p.rows ? std::vector<int64_t>{p.N, mask_bytes(p.C)} : std::vector<int64_t>{p.N * p.C, mask_bytes(p.S)};
 }
 
-// How many parts of N have statistics of their own: enough for many threads, each long enough to be worth merging. No
-// more than one where channels give work enough: a channel of planes is then normalised while the cache holds it.
+// How many parts of N have statistics of their own: enough for many threads, each long enough to be worth merging, and
+// fewer where there are many channels to merge. No more than one where channels give work enough: a channel of planes
+// is then normalised while the cache holds it.
 int64_t parts_of(const BatchNorm& p) {
-  constexpr int64_t MOST = 64, CHANNELS = 16, ELEMENTS = 32768;
-  if (p.rows) return std::clamp<int64_t>(p.N * p.C / ELEMENTS, 1, std::min(MOST, p.N));
-  return p.C >= CHANNELS ? 1 : std::min(p.N, (CHANNELS + p.C - 1) / p.C);
+  constexpr int64_t FEW = 16, MANY = 64, ELEMENTS = 32768;
+  if (!p.rows) return p.C >= FEW ? 1 : std::min(p.N, (FEW + p.C - 1) / p.C);
+  const int64_t most = std::clamp(ELEMENTS / p.C, FEW, MANY);
+  return std::clamp<int64_t>(p.N * p.C / ELEMENTS, 1, std::min(most, p.N));
 }
 
 double operations(const BatchNorm& p) { return 8.0 * p.N * p.C * p.S; }
