@@ -20,7 +20,9 @@ def case(name: str, image: tuple[int, ...], batch: int, mode: str, device: torch
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         y = reference(images)
     moved = sum(p.nbytes for p in ours.parameters()) + images.nbytes + y.nbytes
-    return Case(f"{name} {batch}x", ours, reference, (images,), counter.get_total_flops(), moved, of_inputs=False)
+    return Case(
+        f"{name} {batch}x", ours, reference, (images,), counter.get_total_flops(), moved, layers=10, of_inputs=False
+    )
 
 
 @pytest.mark.parametrize(("mode", "batch"), [("training", 8), ("inference", 1), ("inference", 8)])
