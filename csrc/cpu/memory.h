@@ -29,8 +29,8 @@ inline bool poisons_memory() {
 }
 
 // Blocks of huge pages that were given back, the oldest first, for the next one that asks for as many bytes: a page
-// that is still there need not be cleared again. As malloc does, it keeps blocks of up to 32 MB, here 64 MB of them in
-// all.
+// that is still there need not be cleared again. As malloc does, it keeps blocks of up to 32 MB, and four of those in
+// all. A lock that is taken is no reason to wait: after a fork its owner may not exist.
 class KeptBlocks {
  public:
   struct Block {
