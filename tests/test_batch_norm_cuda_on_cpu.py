@@ -5,8 +5,6 @@ FASTARCH_SANITIZE=1 builds them with AddressSanitizer and UndefinedBehaviorSanit
 
 import os
 import shutil
-import subprocess
-import sys
 from itertools import product
 
 import pytest
@@ -292,16 +290,5 @@ def test_errors():
 @pytest.mark.slow
 def test_sanitized():
     """Some of the tests above under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    # libstdc++ too: the sanitizer has to find __cxa_throw when it starts
-    find = [[build.cxx(), f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
-    runtimes = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in find]
-    environment = {
-        **os.environ,
-        "FASTARCH_SANITIZE": "1",
-        "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps much until it exits
-    }
     chosen = "(values and bfloat16) or layouts or pixels or (devices and 1-48)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    build.run_sanitized(__file__, chosen)

@@ -6,7 +6,6 @@ FASTARCH_SANITIZE=1 builds them with AddressSanitizer and UndefinedBehaviorSanit
 import os
 import shutil
 import subprocess
-import sys
 from itertools import product
 
 import pytest
@@ -331,19 +330,8 @@ def test_errors():
 @pytest.mark.slow
 def test_sanitized():
     """The tests above under AddressSanitizer and UndefinedBehaviorSanitizer, float32 for the values."""
-    # libstdc++ too: the sanitizer has to find __cxa_throw when it starts
-    find = [[build.cxx(), f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
-    runtimes = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in find]
-    environment = {
-        **os.environ,
-        "FASTARCH_SANITIZE": "1",
-        "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps much until it exits
-    }
     chosen = "not (float64 or float16 or shim or 32_bits or order or descending or (values and many))"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    build.run_sanitized(__file__, chosen)
 
 
 # tests/cuda_on_cpu itself

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -57,3 +58,19 @@ def operation(name: str, folder: Path, sanitize: bool = False) -> Path:
     libraries = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
     run(cxx(), "-shared", *objects, *(SANITIZE if sanitize else []), *libraries, "-o", target)
     return target
+
+
+def run_sanitized(tests: str, chosen: str) -> None:
+    """The chosen tests of a file, in a process of their own under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    # libstdc++ too: the sanitizer has to find __cxa_throw when it starts
+    find = [[cxx(), f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+    runtimes = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in find]
+    environment = {
+        **os.environ,
+        "FASTARCH_SANITIZE": "1",
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps much until it exits
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests, "-k", chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
