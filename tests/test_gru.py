@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from closeness import assert_close
-from gru_cases import CASES, double, draw, draw_gradients, in_torch, run
+from gru_cases import CASES, compare
 
 from fastarch import extension
 from fastarch.ops import gru
@@ -17,10 +16,4 @@ if extension.cpu is None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(case, dtype):
-    drawn, gradients = draw(case, dtype), draw_gradients(case, dtype)
-    got = run(gru, drawn, gradients, **case.options)
-    eager = run(in_torch, drawn, gradients, **case.options)
-    truth = run(in_torch, double(drawn), [g.double() for g in gradients], **case.options)
-    assert got.keys() == truth.keys()
-    for name in truth:
-        assert_close(name, got[name], eager[name], truth[name])
+    compare(gru, case, dtype)
