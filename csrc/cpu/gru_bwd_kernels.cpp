@@ -10,7 +10,7 @@ struct Backward {
   static constexpr int L = LANES<T>;
   static constexpr bool SAME = sizeof(T) == sizeof(Storage);
   static constexpr int64_t CHUNK_ROWS = 512;  // (step, sequence) pairs: long products, panels that fit the L3 cache
-  static constexpr int64_t COLUMNS = 3;       // vectors of a weight gradient that are summed together
+  static constexpr int64_t COLUMNS = 2;       // vectors of a weight gradient that are summed together
   static constexpr int UNITS = TILE_ROWS < L ? TILE_ROWS : L;  // rows of it
   enum Gate { R, Z, N_, RESET_N };                             // panels: dr, dz, dn and, with reset_after, dn * r
   alignas(64) static constexpr T ZEROS[MOST_VECTORS * L] = {};
