@@ -125,6 +125,11 @@ class GRUFunction(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(grads, needed)), *(None,) * 4
 
 
+def device_of(input) -> str:
+    """Of what may be no tensor: `check` says so."""
+    return input.device.type if isinstance(input, Tensor) else "cpu"
+
+
 def check(name: str, input, state, w_ih, w_hh, b_ih, b_hh, ranks: tuple[int, ...], hx: str) -> None:
     """Of the tensors that `gru` and `gru_cell` have in common. `hx` is what the state is called there."""
     tensors = {"input": input, hx: state, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
@@ -245,8 +250,8 @@ def gru_cell(
 
     Precision, kernels, derivatives and sources: as `gru`.
     """
-    check("gru_cell", input, hx, w_ih, w_hh, b_ih, b_hh, (1, 2), "hx")
-    tensors = autocast.cast(input.device.type, input, hx, w_ih, w_hh, b_ih, b_hh)
+    tensors = autocast.cast(device_of(input), input, hx, w_ih, w_hh, b_ih, b_hh)
+    check("gru_cell", *tensors, (1, 2), "hx")
     batched = input.dim() == 2
     x, h, *parameters = tensors
     sequence = (x[None] if batched else x[None, None], h if batched else h[None], *parameters)
@@ -306,9 +311,9 @@ def gru(
 
     Sources: Cho et al. 2014, arXiv 1406.1078, equations 5 to 8 (v3: reset before; v1: after, as in cuDNN).
     """
-    check("gru", input, h0, w_ih, w_hh, b_ih, b_hh, (3,), "h0")
+    tensors = autocast.cast(device_of(input), input, h0, w_ih, w_hh, b_ih, b_hh)
+    check("gru", *tensors, (3,), "h0")
     if lengths is not None:
         check_lengths(lengths, input)
-    tensors = autocast.cast(input.device.type, input, h0, w_ih, w_hh, b_ih, b_hh)
     results = run("gru", tensors, lengths, reverse, reset_after)
     return reference(*tensors, reverse, lengths, reset_after) if results is None else results
