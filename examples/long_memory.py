@@ -125,11 +125,11 @@ def main(
     steps: Annotated[int, typer.Option(min=2, help="T, of each sequence")] = 200,
     updates: Annotated[int, typer.Option(min=1, help=f"of training, each on {BATCH} sequences")] = 800,
     output: Annotated[Path, typer.Option(help="where the plot goes")] = Path("out/long_memory.png"),
-    quick: Annotated[bool, typer.Option("--quick", help="40 steps and 5 updates, to see that it runs")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="20 steps and 3 updates, to see that it runs")] = False,
 ) -> None:
     """Show how far back the gradient reaches in an Elman network, a GRU and an LSTM, before and after training."""
     if quick:
-        steps, updates = 40, 5
+        steps, updates = 20, 3
     console = Console()
     results = {}
     with Progress(console=console) as progress:
