@@ -52,7 +52,7 @@ def test_skip_connections_keep_the_gradient():
 
 
 def test_gates_keep_the_gradient_where_an_elman_network_loses_it(threads):
-    threads(1)  # steps of 64 sequences: a second thread costs more than it brings
+    threads(1)  # too little for two
     example = load("long_memory")
     kept = {}
     for kind in example.KINDS:
@@ -98,7 +98,8 @@ def test_linear_models_forecast_sunspots():
     assert errors == pytest.approx([31.8, 18.2], abs=0.1)
 
 
-def test_a_gru_learns_sunspots_in_chunks():
+def test_a_gru_learns_sunspots_in_chunks(threads):
+    threads(1)  # too little for two
     example = load("sunspots")
     _, numbers = example.load()
     x = (numbers.sqrt() - 6) / 3

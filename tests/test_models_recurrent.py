@@ -86,7 +86,8 @@ def test_gru_classifier_compiles_with_lengths_to_one_graph_for_all_sizes():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_learns_to_tell_which_end_is_larger(name):
+def test_learns_to_tell_which_end_is_larger(name, threads):
+    threads(1)  # too little for two
     network = build(name, classes=2, channels=1, width=8).float()
     optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
     x = torch.randn(64, 5, 1)

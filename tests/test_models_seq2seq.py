@@ -170,8 +170,9 @@ def test_arguments_are_checked(attention):
         models.seq2seq(attention, width=7)
 
 
-def test_learns_to_reverse(attention):
+def test_learns_to_reverse(attention, threads):
     """And to decode what it learned."""
+    threads(1)  # too little for two
     sizes = {"source_size": 6, "target_size": 6, "embedding": 16, "width": 32, "begin": 0, "end": 1}
     network = models.seq2seq(attention, **sizes)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
