@@ -4,6 +4,7 @@ import importlib
 from typing import NamedTuple
 
 import torch
+from closeness import assert_close
 from torch import Tensor
 
 from fastarch.ref.gru import gru as reference
@@ -108,6 +109,21 @@ def in_torch(**arguments) -> tuple[Tensor, Tensor]:
 
 def double(drawn: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: t if t is None or name == "lengths" else t.double() for name, t in drawn.items()}
+
+
+def compare(function, case: Case, dtype: torch.dtype) -> None:
+    """Values and every gradient, by the rule of closeness.py, over some draws together: the greatest error of one draw
+    can be small by eager's luck, the more so the fewer elements there are."""
+    results = []
+    for _ in range(2 if case.T >= 300 else max(6, min(50, 4000 // (case.T * case.N * case.H)))):
+        drawn, gradients = draw(case, dtype), draw_gradients(case, dtype)
+        got = run(function, drawn, gradients, **case.options)
+        eager = run(in_torch, drawn, gradients, **case.options)
+        truth = run(in_torch, double(drawn), [g.double() for g in gradients], **case.options)
+        assert got.keys() == truth.keys()
+        results.append((got, eager, truth))
+    for name in results[0][-1]:
+        assert_close(name, *(torch.stack([of[name] for of in each]) for each in zip(*results)))
 
 
 def arguments_of_fwd(case: Case, dtype: torch.dtype, save_gates: bool = True) -> dict:

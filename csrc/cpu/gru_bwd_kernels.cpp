@@ -8,8 +8,9 @@ template <class Storage>
 struct Backward {
   using T = Compute<Storage>;
   static constexpr int L = LANES<T>;
+  static constexpr bool SAME = sizeof(T) == sizeof(Storage);
   static constexpr int64_t CHUNK_ROWS = 512;  // (step, sequence) pairs: long products, panels that fit the L3 cache
-  static constexpr int64_t COLUMNS = 3;       // vectors of a weight gradient that are summed together
+  static constexpr int64_t COLUMNS = 2;       // vectors of a weight gradient that are summed together
   static constexpr int UNITS = TILE_ROWS < L ? TILE_ROWS : L;  // rows of it
   enum Gate { R, Z, N_, RESET_N };                             // panels: dr, dz, dn and, with reset_after, dn * r
   alignas(64) static constexpr T ZEROS[MOST_VECTORS * L] = {};
@@ -23,19 +24,20 @@ struct Backward {
   const int64_t chunk = least(p.T, ceil_div(CHUNK_ROWS, p.N)), rows = chunk * p.N, panel = rows * L;
   const int64_t input_blocks = ceil_div(p.C, L);
   const int64_t input_groups = ceil_div(input_blocks, COLUMNS), state_groups = ceil_div(blocks, COLUMNS);
-  const int64_t group_size = stride * COLUMNS * L;  // of one gate's weight gradient
 
-  T *w_ih, *w_hh;  // panels [blocks of columns][3 * stride][L]: gates' units against inputs' or states' columns
-  T *dgates, *dh;  // of a step: [N][3 * stride], what meets w_hh; [N][stride]
-  T *panels,
-      *packed;  // [G][blocks][rows][L]; of each worker: [COLUMNS][rows][L], what meets them in weights' gradients
-  T *dw, *db;   // [groups of columns][3][units][COLUMNS][L], of inputs, then of states; [G][stride]
+  // panels [blocks of columns][3 * stride][L]: gates' units against the columns of inputs or states
+  T *w_ih, *w_hh;
+  T *dgates, *dh;         // of a step: [N][3 * stride], what meets w_hh; [N][stride]
+  T *panels, *packed;     // [G][blocks][rows][L]; of each worker: [COLUMNS][rows][L], what meets them in dw
+  T *dw_ih, *dw_hh, *db;  // [3H, C] and [3H, H], the output itself where it is not narrowed; [G][stride]
 
   Backward(const Gru& p, const GruBwd& a, const Team& team, Memory& m) : p(p), a(a), team(team) {
     w_ih = m.take<T>(input_blocks * 3 * stride * L), w_hh = m.take<T>(blocks * 3 * stride * L);
     dgates = m.take<T>(p.N * 3 * stride), dh = m.take<T>(p.N * stride);
     panels = m.take<T>(G * blocks * panel), packed = m.take<T>(team.size * COLUMNS * panel);
-    dw = m.take<T>((input_groups + state_groups) * 3 * group_size), db = m.take<T>(G * stride);
+    dw_ih = SAME ? static_cast<T*>(a.dw_ih) : m.take<T>(3 * p.H * p.C);
+    dw_hh = SAME ? static_cast<T*>(a.dw_hh) : m.take<T>(3 * p.H * p.H);
+    db = m.take<T>(G * stride);
   }
 
   static int64_t memory_bytes(const Gru& p, const Team& team) {
@@ -77,8 +79,6 @@ struct Backward {
     const Range of_states = part_of(blocks, team.size, worker);
     for (int64_t j = of_inputs.begin; j < of_inputs.end; j++) pack_panel(a.w_ih, p.C, j, w_ih + j * 3 * stride * L);
     for (int64_t j = of_states.begin; j < of_states.end; j++) pack_panel(a.w_hh, p.H, j, w_hh + j * 3 * stride * L);
-    const Range tasks = part_of((input_groups + state_groups) * 3, team.size, worker);
-    memset(dw + tasks.begin * group_size, 0, size(tasks) * group_size * sizeof(T));
     const Range sums = part_of(G * blocks, team.size, worker);
     memset(db + sums.begin * L, 0, size(sums) * L * sizeof(T));
     const Range mine = part_of(p.N, team.size, worker);
@@ -205,23 +205,30 @@ struct Backward {
     });
   }
 
-  // Adds the chunk's share of one gate's rows of dW_ih or dW_hh, COLUMNS vectors of them. Sums of a chunk begin at 0,
-  // which keeps them short.
+  // Adds the chunk's share of one gate's rows of dW_ih or dW_hh, COLUMNS vectors of them, in runs that begin at 0.
   void weight_gradient(int64_t task, Range steps, T* packed) const {
     const int64_t group = task / 3, g = task % 3, count = size(steps) * p.N;
     const bool of_state = group >= input_groups;
-    pack_rows(of_state, (of_state ? group - input_groups : group) * COLUMNS * L, g, steps, packed);
+    const int64_t columns = of_state ? p.H : p.C, column = (of_state ? group - input_groups : group) * COLUMNS * L;
+    pack_rows(of_state, column, g, steps, packed);
     const T* const gradients = panel_row(of_state && g == 2 && p.reset_after ? int(RESET_N) : g, 0, 0);
-    T* const to = dw + task * group_size;
-    for (int64_t unit = 0; unit < stride; unit += UNITS) {
-      Vec<T> acc[UNITS][COLUMNS] = {};
-      multiply_add<UNITS, COLUMNS, T, L>(acc, gradients + unit / L * panel + unit % L, every(1), packed, panel, count);
+    T* const to = (of_state ? dw_hh : dw_ih) + g * p.H * columns + column;
+    for (int64_t unit = 0; unit < p.H; unit += UNITS) {
+      const T* const from = gradients + unit / L * panel + unit % L;
+      for (int64_t begin = 0; begin < count; begin += RUN) {
+        Vec<T> acc[UNITS][COLUMNS] = {};
+        multiply_add<UNITS, COLUMNS, T, L>(acc, from + begin * L, every(1), packed + begin * L, panel,
+                                           least(RUN, count - begin));
+        const bool first = begin == 0 && steps.end == p.T;
 #pragma GCC unroll 8
-      for (int i = 0; i < UNITS; i++) {
+        for (int i = 0; i < UNITS; i++) {
 #pragma GCC unroll 3
-        for (int v = 0; v < COLUMNS; v++) {
-          T* const at = to + ((unit + i) * COLUMNS + v) * L;
-          store(at, load(at) + acc[i][v]);
+          for (int v = 0; v < COLUMNS; v++) {
+            const int64_t left = columns - column - v * L;
+            T* const at = to + (unit + i) * columns + v * L;
+            if (unit + i >= p.H || left <= 0) continue;
+            store_as<T, T>(at, first ? acc[i][v] : load_as<T>(at, left) + acc[i][v], left);
+          }
         }
       }
     }
@@ -248,23 +255,24 @@ struct Backward {
 
   void bias_gradient(int64_t i, int64_t count) const {
     const T* const from = panels + i * panel;
-    Vec<T> sum = {};
-    for (int64_t row = 0; row < count; row++) sum += load(from + row * L);
-    store(db + i * L, load(db + i * L) + sum);
+    for (int64_t begin = 0; begin < count; begin += RUN) {
+      Vec<T> sum = {};
+      for (int64_t row = begin; row < least(begin + RUN, count); row++) sum += load(from + row * L);
+      store(db + i * L, load(db + i * L) + sum);
+    }
   }
 
   void finish(int64_t worker) const {
-    const Range mine = part_of(p.N, team.size, worker), tasks = part_of(input_groups + state_groups, team.size, worker);
+    const Range mine = part_of(p.N, team.size, worker);
     for (int64_t n = mine.begin; a.dh0 && n < mine.end; n++)
       narrow_row(dh + n * stride, p.H, static_cast<Storage*>(a.dh0) + n * p.H);
-    for (int64_t i = tasks.begin; i < tasks.end; i++) {
-      const bool of_state = i >= input_groups;
-      const int64_t columns = of_state ? p.H : p.C, column = (of_state ? i - input_groups : i) * COLUMNS * L;
-      Storage* const to = static_cast<Storage*>(of_state ? a.dw_hh : a.dw_ih);
-      for (int64_t row = 0; to && row < 3 * p.H; row++) {
-        const T* const from = dw + (3 * i + row / p.H) * group_size + row % p.H * COLUMNS * L;
-        narrow_row(from, least(COLUMNS * L, columns - column), to + row * columns + column);
-      }
+    if constexpr (!SAME) {
+      const Range units = part_of(3 * p.H, team.size, worker);
+      const auto narrow = [&](const T* from, void* to, int64_t columns) {
+        const int64_t begin = units.begin * columns;
+        if (to) copy_row(static_cast<Storage*>(to) + begin, from + begin, size(units) * columns);
+      };
+      narrow(dw_ih, a.dw_ih, p.C), narrow(dw_hh, a.dw_hh, p.H);
     }
     if (worker != 0) return;
     for (int64_t g = 0; g < 3; g++) {

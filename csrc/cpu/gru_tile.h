@@ -31,7 +31,7 @@ struct Product {
 };
 
 // Float sums are kept as short as so many products: one long chain has the rounding errors of all its partial sums.
-constexpr int64_t RUN = 64;
+constexpr int64_t RUN = 128;
 
 // In registers but for what runs add to; one function for each number of rows and vectors, which everything shares.
 template <class T, int P, int V>
