@@ -7,7 +7,7 @@ that it saw first. The left plot is the norm of the gradient for every t before 
 one after the last, the right one how they learned. The state of an LSTM is (h, c).
 
 All start as torch.nn initialises them, but with gates open for as long as the sequences may ask: the bias of "keep" is
-the logarithm of a time between 1 and T (Tallec and Ollivier 2018, arXiv 1804.11188, section 2.3).
+the logarithm of a time between 1 and T (Tallec and Ollivier 2018, arXiv 1804.11188).
 
     python examples/long_memory.py    # writes out/long_memory.png
 """

@@ -35,7 +35,7 @@ def bptt_chunks(*sequences: Tensor, length: int, dim: int = 0) -> Iterator[tuple
         ValueError: no sequence, a length of less than 1, or sequences of different length.
 
     Source: Williams and Peng 1990, "An efficient gradient-based algorithm for on-line training of recurrent network
-    trajectories", where each chunk's gradient goes back exactly to its beginning.
+    trajectories": their BPTT(h; h') with `length` for both.
     """
     steps = {sequence.shape[dim] for sequence in sequences}
     if len(steps) != 1:
