@@ -48,4 +48,24 @@ BATCH_NORM = {
 }
 
 
+class GRU(NamedTuple):
+    """x [T, N, C], states of H units."""
+
+    T: int
+    N: int
+    C: int
+    H: int
+    layers: int = 1
+    bidirectional: bool = False
+
+
+GRUS = {
+    "char": GRU(128, 32, 128, 256),
+    "large": GRU(128, 32, 256, 512),
+    "stream": GRU(512, 1, 64, 128),
+    "bidir": GRU(100, 64, 32, 64, 2, True),
+    "decode": GRU(1, 64, 256, 512),
+}
+
+
 MODELS = {"resnet18": (3, 224, 224), "resnet50": (3, 224, 224)}  # by name, the shape of an image

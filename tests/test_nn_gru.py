@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from fastarch import nn, routing
+from fastarch import extension, nn, routing
 from fastarch.ref.gru import gru as reference
 
 T, N, C, H = 7, 5, 3, 4
@@ -302,6 +302,7 @@ class Within(torch.nn.Module):
         return self.layer(*inputs, **options)
 
 
+@pytest.mark.skipif(extension.cpu is None, reason="fastarch._C is not built: the reference unrolls its loop")
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_compiles_to_one_graph_for_all_sizes(batch_first):
     layer = twins(**SMALL)[0]
@@ -325,6 +326,7 @@ def test_packed_sequences_compile(ordered, given):
     assert_same({"y": got[0].data, "h_n": got[1]}, {"y": want[0].data, "h_n": want[1]})
 
 
+@pytest.mark.skipif(extension.cpu is None, reason="fastarch._C is not built: the reference unrolls its loop")
 def test_exports_with_dynamic_sizes():
     layer = twins(**SMALL)[0].eval()
     x, hx = torch.randn(T, N, C, dtype=torch.float64), draw_state(layer, N)
@@ -425,6 +427,21 @@ def test_parameters_may_be_replaced_converted_shared_and_parametrized():
         module.parametrizations.weight_ih_l0.original0.data.fill_(2)
     assert_same({"y": layer(x.double())[0]}, {"y": twin(x.double())[0]})
     copy.deepcopy(layer)
+
+
+def test_an_ensemble_by_torch_func():
+    """Gradients of several layers at once, by vmap over their stacked parameters."""
+    layers = [nn.GRU(C, H, 2, bidirectional=True, dtype=torch.float64) for _ in range(3)]
+    stacked, _ = torch.func.stack_module_state(layers)
+    x = torch.randn(T, N, C, dtype=torch.float64)
+
+    def loss(parameters):
+        return torch.func.functional_call(layers[0], parameters, x)[0].square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss))(stacked)
+    for i, layer in enumerate(layers):
+        want = torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters()))
+        assert_same({name: t[i] for name, t in grads.items()}, dict(zip(grads, want)))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])

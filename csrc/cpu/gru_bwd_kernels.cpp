@@ -253,12 +253,16 @@ struct Backward {
     }
   }
 
+  // In several sums side by side: with one, biases had ten times the error of torch's, which adds in pairs.
   void bias_gradient(int64_t i, int64_t count) const {
+    constexpr int SUMS = 8;
     const T* const from = panels + i * panel;
     for (int64_t begin = 0; begin < count; begin += RUN) {
-      Vec<T> sum = {};
-      for (int64_t row = begin; row < least(begin + RUN, count); row++) sum += load(from + row * L);
-      store(db + i * L, load(db + i * L) + sum);
+      Vec<T> sums[SUMS] = {};
+      for (int64_t row = begin; row < least(begin + RUN, count); row++) sums[row % SUMS] += load(from + row * L);
+      for (int n = SUMS / 2; n > 0; n /= 2)
+        for (int k = 0; k < n; k++) sums[k] += sums[k + n];
+      store(db + i * L, load(db + i * L) + sums[0]);
     }
   }
 

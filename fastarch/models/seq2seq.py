@@ -117,7 +117,7 @@ class Seq2Seq(nn.Module):
 
     @torch.no_grad()
     def beam(self, source: Tensor, max_length: int, beams: int = 5, lengths: Tensor | None = None) -> Beams:
-        """Step by step the `beams` likeliest continuations of the `beams` likeliest beginnings; ends as `greedy` does."""
+        """The `beams` likeliest continuations of the `beams` likeliest beginnings, step by step; ends as `greedy`."""
         N, device = len(source), source.device
         memory, lengths, state = self.encode(source, lengths)
         lengths = None if lengths is None else lengths.repeat_interleave(beams)

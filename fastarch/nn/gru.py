@@ -106,7 +106,7 @@ class GRU(nn.RNNBase):
             hx = hx.index_select(1, order)
         T, total = len(batch_sizes), len(data)
         N = int(batch_sizes[0]) if order is None else len(order)
-        if hx is not None and torch.compiler.is_compiling():
+        if order is None and hx is not None and torch.compiler.is_compiling():
             N = hx.shape[-2]  # the same, but a size that the compiler knows
         # row `first[t] + n` of the data is step t of sequence n; padding stands for any row
         first = batch_sizes.cumsum(0) - batch_sizes
