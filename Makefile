@@ -71,6 +71,7 @@ gpu:
 	$(PYTHON) -m pytest tests -m gpu $(ARGS)
 	$(PYTHON) -m fastarch.cli bench conv_relu_pool
 	$(PYTHON) -m fastarch.cli bench batch_norm
+	$(PYTHON) -m fastarch.cli bench gru
 
 clean:
 	rm -rf .venv $(CUDA) build dist out *.egg-info fastarch/*.so .pytest_cache .ruff_cache .hypothesis
