@@ -43,7 +43,8 @@ def info() -> None:
 
     operations = Table("operation", "reference", "CPU C++", "Triton", "CUDA C++")
     for name in fastarch.ops.__all__:
-        serves = ("yes", "yes" if built else "not built", triton_state(name), cuda_state(name))
+        operation = operation_of(name)
+        serves = ("yes", "yes" if built else "not built", triton_state(operation), cuda_state(operation))
         operations.add_row(name, *serves)
     console.print(operations)
 
@@ -53,6 +54,11 @@ def triton_version() -> str | None:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def operation_of(function: str) -> str:
+    """The operation that a function of fastarch.ops belongs to, by which its files are named."""
+    return getattr(fastarch.ops, function).__module__.rpartition(".")[2]
 
 
 def triton_state(operation: str) -> str:
