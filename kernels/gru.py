@@ -136,7 +136,7 @@ def gru_bwd(
         of_n, of_rz, at_state = flat[:, :H], flat[:, H : 3 * H], flat[:, H:]
         grad_input, grad_h0, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh = (input.new_empty(0) for _ in range(6))
         if want_input:
-            # dn, the largest, last: the other way round float32 sums had 1.5 times the error
+            # dn, the largest, last: as the first terms of float32 sums it gave 1.6 times the error (MKL, 3H 189)
             grad_input = torch.mm(of_rz, w_ih[: 2 * H]).addmm_(of_n, w_ih[2 * H :]).view(T, N, C)
         if want_h0:
             first = T - 1 if reverse else 0

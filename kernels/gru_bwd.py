@@ -80,7 +80,7 @@ def gru_bwd_kernel(
     z = take(gates, g + H, live)
     c = take(gates, g + 2 * H, live)
     dz = tl.where(live, d_live * (h - c) * (z * (1 - z)), 0)
-    dn = tl.where(live, d_live * (1 - z) * ((1 - c) * (1 + c)), 0)  # 1 - c * c would cancel where c is near 1
+    dn = tl.where(live, d_live * (1 - z) * ((1 - c) * (1 + c)), 0)  # 1 - c * c cancels near 1
     dtype: tl.constexpr = grads.dtype.element_ty
     tl.store(grads + g, dn.to(dtype), mask=exists)
     tl.store(grads + g + 2 * H, dz.to(dtype), mask=exists)
