@@ -111,11 +111,11 @@ def double(drawn: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: t if t is None or name == "lengths" else t.double() for name, t in drawn.items()}
 
 
-def compare(function, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+def compare(function, case: Case, dtype: torch.dtype, device: str = "cpu", most: int = 50) -> None:
     """Values and every gradient, by the rule of closeness.py, over some draws together: the greatest error of one draw
-    can be small by eager's luck, the more so the fewer elements there are."""
+    can be small by eager's luck, the more so the fewer elements there are; `most` is for what takes long."""
     results = []
-    for _ in range(2 if case.T >= 300 else max(6, min(50, 4000 // (case.T * case.N * case.H)))):
+    for _ in range(2 if case.T >= 300 else min(most, max(6, 4000 // (case.T * case.N * case.H)))):
         drawn, gradients = draw(case, dtype, device), draw_gradients(case, dtype, device)
         got = run(function, drawn, gradients, **case.options)
         eager = run(in_torch, drawn, gradients, **case.options)

@@ -20,6 +20,8 @@ bwd     With dh the gradient of h_t, from the output and from the step after it:
         r * h_{t-1} in dW_hh.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,15 +46,15 @@ fwd = torch.ops.fastarch.gru_fwd.default
 bwd = torch.ops.fastarch.gru_bwd.default
 
 # csrc/cuda implements these two: one launch for a whole sequence, with the recurrent weights on chip
-torch.library.define("fastarch::gru_persistent_fwd", FWD.format(algorithm=""))
-torch.library.define("fastarch::gru_persistent_bwd", BWD.format(algorithm=""))
+torch.library.define("fastarch::gru_persistent_fwd", FWD.format(algorithm=", bool tf32"))
+torch.library.define("fastarch::gru_persistent_bwd", BWD.format(algorithm=", bool tf32"))
 
 
 @torch.library.impl("fastarch::gru_fwd", "CUDA")
 def _(input, h0, w_ih, w_hh, b_ih, b_hh, lengths, reverse, reset_after, save_gates, algorithm):
     arguments = (input, h0, w_ih, w_hh, b_ih, b_hh, lengths, reverse, reset_after, save_gates)
     if algorithm == "persistent":
-        return torch.ops.fastarch.gru_persistent_fwd(*arguments)
+        return torch.ops.fastarch.gru_persistent_fwd(*arguments, allows_tf32())
     from fastarch.kernels.gru import gru_fwd  # here: a machine without Triton must import
 
     return gru_fwd(*arguments, algorithm)
@@ -64,13 +66,18 @@ def _(
 ):
     saved = (grad_output, grad_h_n, input, h0, w_ih, w_hh, output, gates, lengths, reverse, reset_after)
     if algorithm == "persistent":
-        return torch.ops.fastarch.gru_persistent_bwd(*saved, output_mask)
+        return torch.ops.fastarch.gru_persistent_bwd(*saved, allows_tf32(), output_mask)
     from fastarch.kernels.gru import gru_bwd
 
     return gru_bwd(*saved, algorithm, output_mask)
 
 
-def fake_fwd(input, h0, w_ih, w_hh, b_ih, b_hh, lengths, reverse, reset_after, save_gates, algorithm=None):
+def allows_tf32() -> bool:
+    """Whether float32 products may round to TF32: torch's setting for recurrent layers."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+def fake_fwd(input, h0, w_ih, w_hh, b_ih, b_hh, lengths, reverse, reset_after, save_gates, algorithm):
     (T, N, _), H = input.shape, h0.shape[1]
     gates = input.new_empty((T, N, 4 if reset_after else 3, H) if save_gates else 0)
     return input.new_empty(T, N, H), h0.new_empty(N, H), gates
@@ -170,7 +177,7 @@ def check_lengths(lengths, input: Tensor) -> None:
             raise ValueError(f"gru: want lengths from 0 to {T}, got {least} to {most}")
 
 
-def route(input: Tensor, h0: Tensor) -> Route:
+def route(input: Tensor, h0: Tensor, reset_after: bool) -> Route:
     """The algorithm that serves an input, or the reference."""
     device, dtype = input.device.type, input.dtype
     if input.numel() == 0 or h0.numel() == 0:
@@ -182,20 +189,30 @@ def route(input: Tensor, h0: Tensor) -> Route:
             return Route(REFERENCE, f"no CPU kernel for {dtype}")
         return Route("sequence", "all steps in one parallel region, the weights packed once")
     if device == "cuda":
-        return route_cuda(input, h0)
+        return route_cuda(input, h0, reset_after)
     return Route(REFERENCE, f"no kernel for {device}")
 
 
-def route_cuda(input: Tensor, h0: Tensor) -> Route:
+def route_cuda(input: Tensor, h0: Tensor, reset_after: bool) -> Route:
     """A rule by counting, not by measurement: no GPU was at hand (2026-11-25)."""
     T, H = input.shape[0], h0.shape[1]
     if input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return Route(REFERENCE, f"no CUDA kernel for {input.dtype}")
-    if extension.cuda is not None and T > 1 and H <= 1024:
-        return Route("persistent", "several steps, and recurrent weights that fit on chip: one launch for all")
+    if extension.cuda is not None and T > 1 and reset_after:
+        device = torch.cuda.get_device_properties(input.device)
+        if fits_on_chip(H, input.itemsize, device.multi_processor_count, device.shared_memory_per_block_optin):
+            return Route("persistent", "several steps, and recurrent weights that fit on chip: one launch for all")
     if H <= 256:
         return Route("cell", "a step is one launch: its product is too small to fill the GPU by itself")
     return Route("pointwise", "wide states: cuBLAS multiplies, one launch does the rest of a step")
+
+
+def fits_on_chip(H: int, itemsize: int, multiprocessors: int, shared_bytes: int) -> bool:
+    """Whether the persistent kernels' weights fit into shared memory: as csrc/cuda/gru.cuh plans them."""
+    tiles = math.ceil(math.ceil(H / 16) / multiprocessors)  # of 16 units, in each block
+    chunks = math.ceil(H * itemsize / 64)  # of 64 bytes in a row of weights, 16 rows of which take 1 KB
+    sums = 8 * 3 * 160 * 4  # of 8 warps, three gates, 8 sequences of 20 words each
+    return tiles * 3 * chunks * 1024 + sums <= shared_bytes
 
 
 def backend(device: str, algorithm: str) -> str:
@@ -210,7 +227,7 @@ def backend(device: str, algorithm: str) -> str:
 def run(name: str, tensors: tuple[Tensor | None, ...], lengths, reverse: bool, reset_after: bool):
     """All steps by the kernel that serves them; None where that is the reference."""
     input, h0 = tensors[:2]
-    algorithm, reason = route(input, h0)
+    algorithm, reason = route(input, h0, reset_after)
     if why := routing.reference_reason():
         algorithm, reason = REFERENCE, why
     routing.record(name, backend, input.device.type, algorithm, reason, input=input, state=h0)
