@@ -68,7 +68,9 @@ def triton_state(operation: str) -> str:
 
 
 def cuda_state(operation: str) -> str:
-    algorithm = importlib.import_module(f"fastarch.ops.{operation}").CUDA_ALGORITHM
+    algorithm = getattr(importlib.import_module(f"fastarch.ops.{operation}"), "CUDA_ALGORITHM", None)
+    if algorithm is None:
+        return "none"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastarch::{operation}_{algorithm}_fwd", "CUDA"):
         return "not built"
     return "yes" if torch.cuda.is_available() else "no GPU"
