@@ -2,6 +2,7 @@
 
 from torch import nn as torch_nn
 
+from fastarch.nn.attention import SinusoidalPositionalEncoding
 from fastarch.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, fold_batch_norm
 from fastarch.nn.conv_bn_relu_pool import conv_bn_relu_pool
 from fastarch.nn.conv_relu_pool import ConvReLUPool1d, ConvReLUPool2d
@@ -12,6 +13,7 @@ __all__ = [
     "BatchNorm3d",
     "ConvReLUPool1d",
     "ConvReLUPool2d",
+    "SinusoidalPositionalEncoding",
     "SyncBatchNorm",
     "conv_bn_relu_pool",
     "fold_batch_norm",
