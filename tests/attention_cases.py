@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastarch.ops import scaled_dot_product_attention
 from fastarch.ref.attention import attention as reference
@@ -146,6 +147,27 @@ def in_torch(case: Case, drawn: dict) -> tuple[Tensor, Tensor]:
     seed = torch.randint(2**63 - 1, (1,)) if case.dropout else None
     q, k, v, mask, slopes = drawn.values()
     return reference(q, k, v, mask, slopes, None, None, None, seed, *case.inner_options)
+
+
+def in_eager(case: Case, drawn: dict) -> tuple[Tensor, Tensor]:
+    """torch's own operation where it can do the case, with every option in its mask; else the reference."""
+    if case.softcap or case.dropout:
+        return in_torch(case, drawn)
+    q, k, v, mask, slopes = drawn.values()
+    lse = in_torch(case, drawn)[1]
+    if mask is None and slopes is None and not case.window and not case.lower_right:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.Hkv is not None), lse
+    distance = torch.arange(case.Lk) - torch.arange(case.Lq)[:, None] - case.lower_right * (case.Lk - case.Lq)
+    left, right = case.inner_options[1:3]
+    live = (left < 0) | (distance >= -left)
+    live = live & ((right < 0) | (distance <= right))
+    bias = torch.zeros(case.B, case.H, case.Lq, case.Lk, dtype=q.dtype)
+    if slopes is not None:
+        bias = bias - slopes.view(-1, case.H, 1, 1) * distance.abs()
+    if mask is not None:
+        live, bias = (live & mask, bias) if mask.dtype == torch.bool else (live, bias + mask)
+    bias = bias.to(q.dtype).masked_fill(~live, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=case.Hkv is not None), lse
 
 
 def double(drawn: dict[str, Tensor | None]) -> dict[str, Tensor | None]:

@@ -128,22 +128,20 @@ struct Backward {
       modify_scores<T, Storage>(p, of, h, i, keys.begin, vectors * L, s, p.softcap > 0 ? m.capped : nullptr);
     keep_reach(reach_of(p, of, i), keys.begin, vectors * L, s);
     const T given = static_cast<const T*>(g.lse)[row];
-    const T lse = given == -INFINITE<T> ? INFINITE<T> : given * T(LOG2_E);  // no keys: 2^(s - inf) is 0
+    const double in_log2 = given == -INFINITE<T> ? INFINITE<double> : given * LOG2_E;  // no keys: 2^(s - inf) is 0
+    const T lse = T(in_log2), rest = in_log2 - lse == in_log2 - lse ? T(in_log2 - lse) : T(0);  // all of p errs by rest
     const T delta = static_cast<const T*>(g.delta)[row];
+    const int64_t first = keys.begin / 64 * 64, skip = keys.begin - first;  // dropout has words of 64 keys
     if (p.dropout > 0) {
-      const int64_t first = keys.begin / 64 * 64, skip = keys.begin - first;
       dropout_factors(p, of, h, i, first, skip + count, m.factors);
       for (int64_t j = 0; j < count; j++) dp[j] *= m.factors[skip + j];
-      for (int64_t v = 0; v < vectors * L; v += L) {
-        const Vec<T> weight = exp2<T>(load(s + v) - lse);
-        store(dp + v, weight * (load(dp + v) - delta)), store(s + v, weight);
-      }
+    }
+    for (int64_t v = 0; v < vectors * L; v += L) {
+      const Vec<T> weight = exp2<T>(load(s + v) - lse - rest);
+      store(dp + v, weight * (load(dp + v) - delta)), store(s + v, weight);
+    }
+    if (p.dropout > 0) {
       for (int64_t j = 0; j < count; j++) s[j] *= m.factors[skip + j];
-    } else {
-      for (int64_t v = 0; v < vectors * L; v += L) {
-        const Vec<T> weight = exp2<T>(load(s + v) - lse);
-        store(dp + v, weight * (load(dp + v) - delta)), store(s + v, weight);
-      }
     }
     if (g.dmask) {
       T* dmask = static_cast<T*>(g.dmask) + row * p.Lk + keys.begin;

@@ -41,32 +41,35 @@ FASTARCH_INLINE int64_t vectors_of(int64_t n) {
   return (n + LANES<T> - 1) / LANES<T>;
 }
 
-// c[r][..] (+)= sum_i x(r, i) w[i][..] for P rows and V vectors; ACROSS: x(r, i) = x[i * step + r], else x[r * step +
-// i].
+// So many terms are summed one after the other; then such sums are, which keeps rounding from growing with n.
+constexpr int64_t CHAIN = 32;
+
+// c[r][..] (+)= sum_i x(r, i) w[i][..] for P rows, V vectors; ACROSS: x(r, i) = x[i * step + r], else x[r * step + i].
 template <class T, int P, int V, bool ACROSS>
 __attribute__((noinline)) void multiply_block(bool add, const T* x, int64_t step, const T* w, T* c, int64_t c_step,
                                               int64_t n) {
-  Vec<T> acc[P][V];
+  for (int64_t begin = 0; begin < n; begin += CHAIN, add = true) {
+    Vec<T> acc[P][V] = {};
+    const int64_t end = least(begin + CHAIN, n);
+    for (int64_t i = begin; i < end; i++) {
+      Vec<T> factor[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) factor[v] = load(w + i * PANEL<T> + v * LANES<T>);
 #pragma GCC unroll 12
-  for (int p = 0; p < P; p++) {
+      for (int p = 0; p < P; p++) {
+        const T one = ACROSS ? x[i * step + p] : x[p * step + i];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) acc[p][v] = add ? load(c + p * c_step + v * LANES<T>) : Vec<T>{};
-  }
-  for (int64_t i = 0; i < n; i++) {
-    Vec<T> factor[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) factor[v] = load(w + i * PANEL<T> + v * LANES<T>);
+        for (int v = 0; v < V; v++) acc[p][v] += factor[v] * one;
+      }
+    }
 #pragma GCC unroll 12
     for (int p = 0; p < P; p++) {
-      const T one = ACROSS ? x[i * step + p] : x[p * step + i];
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) acc[p][v] += factor[v] * one;
+      for (int v = 0; v < V; v++) {
+        T* to = c + p * c_step + v * LANES<T>;
+        store(to, add ? load(to) + acc[p][v] : acc[p][v]);
+      }
     }
-  }
-#pragma GCC unroll 12
-  for (int p = 0; p < P; p++) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) store(c + p * c_step + v * LANES<T>, acc[p][v]);
   }
 }
 

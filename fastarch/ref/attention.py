@@ -82,11 +82,13 @@ def dense(q, k, v, mask, alibi_slopes, seqlens_k, seed, first, scale, left, righ
     lse = s.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
     p = s.softmax(-1).masked_fill(empty, 0)
     if dropout_p:
-        p = p * dropout_factors(seed, dropout_p, first, B, H, Lq, Lk).to(p.dtype)
+        p = p * dropout_factors(seed, dropout_p, first, B, H, Lq, Lk, p.dtype)
     return (p @ v).to(dtype), lse
 
 
-def dropout_factors(seed: Tensor, p: float, first: int, B: int, H: int, Lq: int, Lk: int) -> Tensor:
+def dropout_factors(
+    seed: Tensor, p: float, first: int, B: int, H: int, Lq: int, Lk: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """z [B, H, Lq, Lk]: 0 where an element is dropped, 1 / (1 - p) where it is kept.
 
     The random word of element (b, h, i, j) is word (j // 16) % 4 of Philox4x32-10 at the counter
@@ -94,14 +96,14 @@ def dropout_factors(seed: Tensor, p: float, first: int, B: int, H: int, Lq: int,
     consecutive keys by vectors of 16. Dropped where the word is below p * 2**32.
     """
     if p == 1:
-        return torch.zeros(B, H, Lq, Lk, device=seed.device)
+        return torch.zeros(B, H, Lq, Lk, dtype=dtype, device=seed.device)
     b = torch.arange(first, first + B, device=seed.device).view(B, 1, 1, 1)
     h = torch.arange(H, device=seed.device).view(H, 1, 1)
     i = torch.arange(Lq, device=seed.device).view(Lq, 1)
     j = torch.arange(Lk, device=seed.device)
     words = philox(seed, (j // 64 * 16 + j % 16, i, b * H + h, torch.zeros_like(j)))
     word = torch.stack(words).gather(0, (j // 16 % 4).expand(1, B, H, Lq, Lk))[0]
-    return (word >= dropout_threshold(p)) / (1 - p)
+    return (word >= dropout_threshold(p)).to(dtype) / (1 - p)
 
 
 def dropout_threshold(p: float) -> int:
