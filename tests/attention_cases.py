@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
 
 PLAIN = Case(2, 3, 33, 47, 24)
-SMALL = Case(1, 2, 5, 7, 4)
+SMALL = Case(1, 2, 3, 4, 2)
 FULL = Case(
     2, 4, 39, 70, 20, 12, 2, mask="float bij", window=(30, 20), softcap=2.0, alibi=True, dropout=0.2, lower_right=True
 )
@@ -76,7 +76,7 @@ CASES = [
     Case(2, 6, 50, 70, 40, Hkv=2),
     Case(2, 4, 33, 65, 16, Hkv=1, causal=True),
     Case(1, 2, 100, 60, 32, causal=True, lower_right=True),  # the first 40 queries have no keys
-    Case(2, 2, 70, 90, 32, mask="bool bhij"),
+    Case(2, 2, 71, 90, 32, mask="bool bhij"),
     Case(2, 2, 70, 90, 32, mask="bool bj"),
     Case(2, 2, 70, 90, 32, mask="float bhij"),
     Case(2, 2, 70, 90, 32, mask="float hij"),

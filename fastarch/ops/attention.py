@@ -189,7 +189,7 @@ def check_mask(q: Tensor, k: Tensor, mask) -> None:
     if mask.dtype == torch.float32 and q.dtype == torch.float64:
         raise TypeError(f"{SDPA}: want attn_mask of bool or {q.dtype}, got {mask.dtype}")
     want = (*q.shape[:3], k.shape[2])
-    if mask.dim() > 4 or any(have not in (1, size) for have, size in zip(mask.shape[::-1], want[::-1])):
+    if mask.dim() > 4 or any(have != 1 and have != size for have, size in zip(mask.shape[::-1], want[::-1])):
         raise error(SDPA, f"attn_mask that broadcasts to {[*want]}", [*mask.shape])
 
 

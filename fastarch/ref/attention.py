@@ -62,7 +62,7 @@ def dense(q, k, v, mask, alibi_slopes, seqlens_k, seed, first, scale, left, righ
     length = torch.full((1,), Lk, device=q.device) if seqlens_k is None else seqlens_k.long()  # [B or 1]
     j = torch.arange(Lk, device=q.device)
     diagonal = torch.arange(Lq, device=q.device) + ((length - Lq)[:, None] if lower_right else 0)
-    distance = j - diagonal.view(-1, 1, Lq, 1)  # [B or 1, 1, Lq, Lk]
+    distance = j - diagonal.reshape(length.shape[0] if lower_right else 1, 1, Lq, 1)  # [B or 1, 1, Lq, Lk]
     if alibi_slopes is not None:
         s = s - alibi_slopes.to(s.dtype).view(-1, H, 1, 1) * distance.abs()
     if mask is not None and mask.dtype != torch.bool:
