@@ -152,24 +152,6 @@ std::vector<AttentionTask> query_tasks(const Inputs& in, int64_t largest) {
 
 double operations(const Attention& p) { return 4.0 * p.B * p.H * p.Lq * p.Lk * (p.D + p.Dv); }
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-                                         const OptionalTensor& alibi_slopes, const OptionalTensor& cu_seqlens_q,
-                                         const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k,
-                                         const OptionalTensor& seed, int64_t, int64_t, double scale,
-                                         int64_t window_left, int64_t window_right, bool lower_right, double softcap,
-                                         double dropout_p, std::string_view algorithm) {
-  const AttentionFwd& kernel = FASTARCH_SELECT(attention_fwd).of[element_type("attention", q)];
-  Inputs in = inputs(q, k, v, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqlens_k, seed, scale, window_left,
-                     window_right, lower_right, softcap, dropout_p, algorithm);
-  Attention& p = in.p;
-  const Tensor o = empty_like_heads(q, p.Dv), lse = at::empty({p.B, p.H, p.Lq}, q.options().dtype(computed_in(q)));
-  p.o_at = heads_of(o);
-  const std::vector<AttentionTask> tasks = query_tasks(in, kernel.queries(p));
-  parallel(tasks.size(), kernel.scratch_bytes(p), operations(p),
-           [&](int64_t i, void* scratch) { kernel.run(p, tasks[i], o.data_ptr(), lse.data_ptr(), scratch); });
-  return {o, lse};
-}
-
 // Ranges of keys of all heads of k, by part: several where there are few heads.
 std::vector<AttentionTask> key_tasks(const Inputs& in, int64_t parts) {
   const Attention& p = in.p;
@@ -182,6 +164,45 @@ std::vector<AttentionTask> key_tasks(const Inputs& in, int64_t parts) {
     }
   }
   return tasks;
+}
+
+void attend_to_parts(const Inputs& in, const AttentionSplit& kernel, const Tensor& o, const Tensor& lse) {
+  const Attention& p = in.p;
+  const int64_t heads = p.B * p.H / p.group, tiles = (p.Lk + KEY_TILE - 1) / KEY_TILE;
+  const int64_t parts = std::clamp<int64_t>((TASKS + heads - 1) / heads, 1, tiles);
+  const std::vector<AttentionTask> tasks = key_tasks(in, parts);
+  const int64_t bytes = kernel.partial_elements(p) * lse.element_size();
+  const Tensor partials = workspace(tasks.size() * bytes);
+  uint8_t* at = partials.data_ptr<uint8_t>();
+  parallel(tasks.size(), kernel.scratch_bytes(p), operations(p),
+           [&](int64_t i, void* scratch) { kernel.run(p, tasks[i], at + i * bytes, scratch); });
+  parallel(heads, 0, 4.0 * heads * parts * kernel.partial_elements(p), [&](int64_t i, void*) {
+    const AttentionTask& first = tasks[i * parts];
+    kernel.merge(p, first.b, first.h, at + i * parts * bytes, parts, o.data_ptr(), lse.data_ptr());
+  });
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                                         const OptionalTensor& alibi_slopes, const OptionalTensor& cu_seqlens_q,
+                                         const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k,
+                                         const OptionalTensor& seed, int64_t, int64_t, double scale,
+                                         int64_t window_left, int64_t window_right, bool lower_right, double softcap,
+                                         double dropout_p, std::string_view algorithm) {
+  const AttentionFwd& kernel = FASTARCH_SELECT(attention_fwd).of[element_type("attention", q)];
+  Inputs in = inputs(q, k, v, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqlens_k, seed, scale, window_left,
+                     window_right, lower_right, softcap, dropout_p, algorithm);
+  Attention& p = in.p;
+  const Tensor o = empty_like_heads(q, p.Dv), lse = at::empty({p.B, p.H, p.Lq}, q.options().dtype(computed_in(q)));
+  p.o_at = heads_of(o);
+  if (algorithm == "split") {
+    TORCH_CHECK_VALUE(p.dropout == 0 && !p.ends_q, "attention: split keys want no dropout and no packed sequences");
+    attend_to_parts(in, FASTARCH_SELECT(attention_split).of[element_type("attention", q)], o, lse);
+    return {o, lse};
+  }
+  const std::vector<AttentionTask> tasks = query_tasks(in, kernel.queries(p));
+  parallel(tasks.size(), kernel.scratch_bytes(p), operations(p),
+           [&](int64_t i, void* scratch) { kernel.run(p, tasks[i], o.data_ptr(), lse.data_ptr(), scratch); });
+  return {o, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(

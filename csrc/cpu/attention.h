@@ -68,6 +68,18 @@ struct AttentionFwds {
   AttentionFwd of[ELEMENT_TYPES];
 };
 
+// Few queries: parts of the keys of a head of k side by side, for all its queries, and their exact merge.
+struct AttentionSplit {
+  int64_t (*partial_elements)(const Attention&);  // of one part of one head, in the type computed in
+  int64_t (*scratch_bytes)(const Attention&);
+  void (*run)(const Attention&, AttentionTask keys, void* partial, void* scratch);
+  // o and lse of a head of k, from `parts` partial results
+  void (*merge)(const Attention&, int64_t b, int64_t h, void* partials, int64_t parts, void* o, void* lse);
+};
+struct AttentionSplits {
+  AttentionSplit of[ELEMENT_TYPES];
+};
+
 struct AttentionGradients {
   const void *o, *lse, *grad_o, *grad_lse;  // lse and grad_lse [B, H, Lq]; grad_lse may be nullptr
   Heads grad_o_at;
@@ -93,4 +105,5 @@ struct AttentionBwds {
 };
 
 FASTARCH_DECLARE(AttentionFwds, attention_fwd);
+FASTARCH_DECLARE(AttentionSplits, attention_split);
 FASTARCH_DECLARE(AttentionBwds, attention_bwd);

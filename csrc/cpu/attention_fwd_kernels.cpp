@@ -68,7 +68,7 @@ struct Forward {
       T* s = m.scores + (r - i) * KEY_TILE;
       if (modifies) modify_scores<T, Storage>(p, of, task.h, task.begin + r, keys.begin, vectors * L, s, nullptr);
       keep_reach(reach_of(p, of, task.begin + r), keys.begin, vectors * L, s);
-      softmax(vectors, s, m.top[r], m.sum + r * L, m.output + r * width, width);
+      softmax<T>(vectors, s, m.top[r], m.sum + r * L, m.output + r * width, width);
       if (p.dropout > 0) {  // by words of 64 keys
         const int64_t first = keys.begin / 64 * 64, skip = keys.begin - first;
         dropout_factors(p, of, task.h, task.begin + r, first, skip + count, m.factors);
@@ -77,27 +77,6 @@ struct Forward {
     }
     multiply<false>(true, n, count, m.scores, KEY_TILE, m.values + before * PANEL<T>, KEY_TILE * PANEL<T>,
                     vectors_of<T>(p.Dv), m.output + i * width, width);
-  }
-
-  // s becomes 2^(s - top), top being the largest so far; what was summed under a smaller one is scaled to it.
-  static FASTARCH_INLINE void softmax(int64_t vectors, T* s, T& top, T* sum, T* output, int64_t width) {
-    Vec<T> highest = load(s);
-    for (int64_t v = 1; v < vectors; v++) highest = larger<T>(highest, load(s + v * L));
-    const T high = across<T>(highest, larger<T>);
-    if (high > top) {
-      const Vec<T> down = exp2<T>(splat<T>(top - high));
-      for (int64_t e = 0; e < width; e += L) store(output + e, load(output + e) * down);
-      store(sum, load(sum) * down);
-      top = high;
-    }
-    const T base = top == -INFINITE<T> ? T(0) : top;  // no key so far: 2^(-inf - 0) is 0
-    Vec<T> total = load(sum);
-    for (int64_t v = 0; v < vectors; v++) {
-      const Vec<T> e = exp2<T>(load(s + v * L) - base);
-      store(s + v * L, e);
-      total += e;
-    }
-    store(sum, total);
   }
 
   static void finish(const Attention& p, const Sequence& of, AttentionTask task, const Memory& m, Storage* o, T* lse) {

@@ -252,6 +252,28 @@ void modify_scores(const Attention& p, const Sequence& of, int64_t h, int64_t i,
   }
 }
 
+// s becomes 2^(s - top), top being the largest so far; what was summed under a smaller one is scaled to it.
+template <class T>
+FASTARCH_INLINE void softmax(int64_t vectors, T* s, T& top, T* sum, T* output, int64_t width) {
+  Vec<T> highest = load(s);
+  for (int64_t v = 1; v < vectors; v++) highest = larger<T>(highest, load(s + v * LANES<T>));
+  const T high = across<T>(highest, larger<T>);
+  if (high > top) {
+    const Vec<T> down = exp2<T>(splat<T>(top - high));
+    for (int64_t e = 0; e < width; e += LANES<T>) store(output + e, load(output + e) * down);
+    store(sum, load(sum) * down);
+    top = high;
+  }
+  const T base = top == -INFINITE<T> ? T(0) : top;  // no key so far: 2^(-inf - 0) is 0
+  Vec<T> total = load(sum);
+  for (int64_t v = 0; v < vectors; v++) {
+    const Vec<T> e = exp2<T>(load(s + v * LANES<T>) - base);
+    store(s + v * LANES<T>, e);
+    total += e;
+  }
+  store(sum, total);
+}
+
 // The low halves of 64-bit lanes, multiplied to 64 bits.
 FASTARCH_INLINE Vec<uint64_t> multiply_wide(Vec<uint64_t> x, uint32_t by) {
 #if defined(__AVX512F__)
