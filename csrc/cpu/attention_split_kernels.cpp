@@ -69,19 +69,22 @@ struct Split {
   // One query's scores with n <= L keys: sums lane by lane, which a transpose puts side by side.
   static FASTARCH_INLINE Vec<T> scores_of(const Attention& p, const Storage* k, int64_t n, const T* q) {
     Vec<T> sums[L] = {};
-    for (int64_t e = 0; e < p.D; e += L) {
-      const Vec<T> factor = load(q + e);
+    if (n == L && p.D % L == 0) {
+      for (int64_t e = 0; e < p.D; e += L) {
+        const Vec<T> factor = load(q + e);
 #pragma GCC unroll 16
-      for (int64_t j = 0; j < L; j++) {
-        if (j < n) sums[j] += factor * load_as<T>(k + j * p.k_at.i + e, p.D - e);
+        for (int64_t j = 0; j < L; j++) sums[j] += factor * load_as<T>(k + j * p.k_at.i + e, L);
+      }
+    } else {
+      for (int64_t e = 0; e < p.D; e += L) {
+        for (int64_t j = 0; j < n; j++) sums[j] += load(q + e) * load_as<T>(k + j * p.k_at.i + e, p.D - e);
       }
     }
     transpose<T>(sums);
-#pragma GCC unroll 4
-    for (int64_t half = L / 2; half >= 1; half /= 2) {
-      for (int64_t j = 0; j < half; j++) sums[j] += sums[j + half];
-    }
-    return sums[0];
+    Vec<T> sum = sums[0];
+#pragma GCC unroll 16
+    for (int64_t j = 1; j < L; j++) sum += sums[j];
+    return sum;
   }
 
   static void add_values(const Attention& p, const Storage* v, int64_t n, const T* weights, T* output) {
