@@ -388,3 +388,16 @@ def test_nonsense_in_direct_calls_raises():
         ends_k = torch.tensor([*range(len(ends) - 1), 70], dtype=torch.int32)
         with pytest.raises(ValueError, match="want cu_seqlens_q rising from 0 to 39"):
             op.fwd(**arguments_of_fwd(FULL, torch.float32) | packed | {"cu_seqlens_q": ends_q, "cu_seqlens_k": ends_k})
+
+
+def test_sinusoidal_positions():
+    layer = fastarch.nn.SinusoidalPositionalEncoding(6, 100)
+    y = layer(torch.zeros(1, 100, 6))[0]
+    for t, i in itertools.product((0, 1, 57, 99), range(3)):
+        angle = t / 10000 ** (2 * i / 6)
+        assert abs(y[t, 2 * i].item() - math.sin(angle)) < 1e-6
+        assert abs(y[t, 2 * i + 1].item() - math.cos(angle)) < 1e-6
+    assert torch.equal(layer(torch.zeros(2, 1, 6), start=57)[1, 0], y[57])
+    assert not layer.state_dict()
+    with pytest.raises(ValueError, match=r"want .*6. with positions up to 100"):
+        layer(torch.zeros(1, 101, 6))
