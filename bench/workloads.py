@@ -68,4 +68,34 @@ GRUS = {
 }
 
 
+class Attention(NamedTuple):
+    B: int
+    H: int
+    Lq: int
+    Lk: int
+    D: int
+    causal: bool = False
+    dropout: float = 0.0
+
+
+ATTENTION = {
+    "vit": Attention(8, 12, 197, 197, 64),
+    "bert": Attention(4, 12, 512, 512, 64),
+    "gpt2": Attention(1, 12, 1024, 1024, 64, causal=True),
+    "long": Attention(1, 8, 4096, 4096, 64, causal=True),
+    "wide": Attention(1, 8, 4096, 4096, 128, causal=True),
+    "dropout": Attention(2, 8, 512, 512, 64, dropout=0.1),
+}
+
+
+class Decode(NamedTuple):
+    B: int
+    Hq: int
+    Hkv: int
+    Lk: int
+    D: int
+
+
+DECODE = {"decode": Decode(8, 32, 8, 8192, 128)}
+
 MODELS = {"resnet18": (3, 224, 224), "resnet50": (3, 224, 224)}  # by name, the shape of an image

@@ -3,6 +3,7 @@
 from torch import nn as torch_nn
 
 from fastarch.nn.alignment import BahdanauAttention, DotAttention
+from fastarch.nn.attention import SinusoidalPositionalEncoding
 from fastarch.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, fold_batch_norm
 from fastarch.nn.conv_bn_relu_pool import conv_bn_relu_pool
 from fastarch.nn.conv_relu_pool import ConvReLUPool1d, ConvReLUPool2d
@@ -20,6 +21,7 @@ __all__ = [
     "ConvReLUPool2d",
     "DotAttention",
     "GRUCell",
+    "SinusoidalPositionalEncoding",
     "SyncBatchNorm",
     "bptt_chunks",
     "conv_bn_relu_pool",
