@@ -75,8 +75,14 @@ def test_any_options_together(problem):
 
 
 def tolerance(name: str, want: torch.Tensor, case: Case, dtype: torch.dtype) -> float:
-    """64 units of the largest value; a mask's gradient is a sum of many terms."""
+    """64 units of the largest value, or of 1; more for sums of larger terms that cancel.
+
+    In dp - delta two sums of Dv terms cancel, wholly where there is one key; a mask's gradient is a sum of scores'.
+    """
     finite = want[want.isfinite()]
     scale = max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
-    terms = case.B * case.H * case.Lq * case.Lk / want.numel() if name == "dmask" else 1
-    return 64 * torch.finfo(dtype).eps * scale * max(1.0, terms**0.5)
+    if name in ("dq", "dk", "dmask"):
+        scale *= case.Dv**0.5
+    if name == "dmask":
+        scale *= (case.B * case.H * case.Lq * case.Lk / want.numel()) ** 0.5
+    return 64 * torch.finfo(dtype).eps * scale
