@@ -42,7 +42,15 @@ def test_gradient_of_a_mask_of_one_element(dtype):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"is_causal": True}, {"attn_mask": "bool"}, {"attn_mask": "float"}, {"scale": 0.3}, {"enable_gqa": True}],
+    [
+        {},
+        {"is_causal": True},
+        {"attn_mask": "bool"},
+        {"attn_mask": "float"},
+        {"scale": 0.3},
+        {"scale": 0.0},
+        {"enable_gqa": True},
+    ],
     ids=str,
 )
 def test_reference_is_torchs_attention(options):

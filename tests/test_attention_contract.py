@@ -337,6 +337,7 @@ BAD = [
     (ValueError, r"want attn_mask that broadcasts to \[2, 4, 5, 5\], got", lambda: sdpa(Q, Q, Q, Q[0, 0, :, :4])),
     (ValueError, r"want dropout_p in \[0, 1\], got 1.5", lambda: sdpa(Q, Q, Q, dropout_p=1.5)),
     (ValueError, "want softcap >= 0, where 0 is none, got -1", lambda: sdpa(Q, Q, Q, softcap=-1)),
+    (TypeError, "want window as .left, right. or None, got int", lambda: sdpa(Q, Q, Q, window=3)),
     (ValueError, "want window .left, right., integers >= -1", lambda: sdpa(Q, Q, Q, window=(-2, 0))),
     (ValueError, r"want alibi_slopes \[4\] or \[2, 4\], got \[3\]", lambda: sdpa(Q, Q, Q, alibi_slopes=torch.ones(3))),
     (ValueError, "want causal_alignment 'upper_left' or", lambda: sdpa(Q, Q, Q, causal_alignment="right")),

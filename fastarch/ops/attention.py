@@ -146,6 +146,8 @@ def check_options(operation: str, scale, window, softcap, alibi_slopes, q: Tenso
         raise TypeError(f"{operation}: want softcap as a number, got {type(softcap).__name__}")
     if not (0 <= softcap < math.inf):
         raise error(operation, "softcap >= 0, where 0 is none", softcap)
+    if window is not None and not isinstance(window, tuple | list):
+        raise TypeError(f"{operation}: want window as (left, right) or None, got {type(window).__name__}")
     if window is not None and (len(window) != 2 or not all(isinstance(w, int) and w >= -1 for w in window)):
         raise error(operation, "window (left, right), integers >= -1, where -1 is no bound, or None", window)
     if alibi_slopes is not None:
@@ -153,6 +155,13 @@ def check_options(operation: str, scale, window, softcap, alibi_slopes, q: Tenso
             raise TypeError(f"{operation}: want alibi_slopes as a tensor on {q.device}, got {alibi_slopes!r:.40}")
         if not alibi_slopes.is_floating_point():
             raise TypeError(f"{operation}: want alibi_slopes of a floating dtype, got {alibi_slopes.dtype}")
+
+
+def check_dropout(operation: str, dropout_p) -> None:
+    if not isinstance(dropout_p, numbers.Real):
+        raise TypeError(f"{operation}: want dropout_p as a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p <= 1:
+        raise error(operation, "dropout_p in [0, 1]", dropout_p)
 
 
 def check_slopes(operation: str, alibi_slopes: Tensor | None, B: int, H: int) -> None:
@@ -221,6 +230,12 @@ def attend(operation, q, k, v, mask, alibi_slopes, cu_seqlens, seqlens_k, length
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask)):
         return AttentionFunction.apply(*tensors, lengths, options, algorithm)
     return fwd(*tensors, *lengths, *options, algorithm)
+
+
+def scale_of(scale: float | None, D: int) -> float:
+    if scale is None:
+        return D**-0.5 if D else 1.0
+    return float(scale)
 
 
 def window_of(window: tuple[int, int] | None, is_causal: bool) -> tuple[int, int]:
@@ -314,17 +329,14 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         check_mask(q, k, attn_mask)
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    if not isinstance(dropout_p, numbers.Real):
-        raise TypeError(f"{SDPA}: want dropout_p as a number, got {type(dropout_p).__name__}")
-    if not 0 <= dropout_p <= 1:
-        raise error(SDPA, "dropout_p in [0, 1]", dropout_p)
+    check_dropout(SDPA, dropout_p)
     check_options(SDPA, scale, window, softcap, alibi_slopes, q)
     check_slopes(SDPA, alibi_slopes, q.shape[0], q.shape[1])
     if causal_alignment not in ("upper_left", "lower_right"):
         raise error(SDPA, "causal_alignment 'upper_left' or 'lower_right'", repr(causal_alignment))
-    scale = q.shape[3] ** -0.5 if scale is None and q.shape[3] else scale or 1.0
     lower_right = causal_alignment == "lower_right"
-    options = (float(scale), *window_of(window, is_causal), lower_right, float(softcap), float(dropout_p))
+    scale = scale_of(scale, q.shape[3])
+    options = (scale, *window_of(window, is_causal), lower_right, float(softcap), float(dropout_p))
     lengths = (q.shape[2], k.shape[2])
     output, lse = attend(SDPA, q, k, v, attn_mask, alibi_slopes, (None, None), None, lengths, options)
     for _ in range(4 - rank):
@@ -406,13 +418,12 @@ def attention_varlen(
     check_indices(name, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape[0], q.device)
     check_options(name, scale, window, softcap, alibi_slopes, q)
     check_slopes(name, alibi_slopes, cu_seqlens_q.shape[0] - 1, q.shape[1])
-    if not 0 <= dropout_p <= 1:
-        raise error(name, "dropout_p in [0, 1]", dropout_p)
+    check_dropout(name, dropout_p)
     if not torch.compiler.is_compiling() and q.device.type == "cpu":
         check_ends(name, "cu_seqlens_q", cu_seqlens_q, max_seqlen_q, q.shape[0])
         check_ends(name, "cu_seqlens_k", cu_seqlens_k, max_seqlen_k, k.shape[0])
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    options = (float(scale), *window_of(window, is_causal), True, float(softcap), float(dropout_p))
+    scale = scale_of(scale, q.shape[2])
+    options = (scale, *window_of(window, is_causal), True, float(softcap), float(dropout_p))
     packed = [t.transpose(0, 1)[None] for t in (q, k, v)]
     cu_seqlens = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     output, lse = attend(name, *packed, None, alibi_slopes, cu_seqlens, None, (max_seqlen_q, max_seqlen_k), options)
@@ -479,8 +490,8 @@ def attention_decode(
             if any(not 0 <= length <= capacity for length in filled):
                 raise error(name, f"cache_seqlens in [0, {capacity}]", filled)
         cache_seqlens = cache_seqlens.contiguous()
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    options = (float(scale), *window_of(window, True), True, float(softcap), 0.0)
+    scale = scale_of(scale, q.shape[3])
+    options = (scale, *window_of(window, True), True, float(softcap), 0.0)
     lengths = (q.shape[2], k_cache.shape[2])
     tensors = (q, k_cache, v_cache, None, alibi_slopes, (None, None), cache_seqlens)
     output, lse = attend(name, *tensors, lengths, options, split=True)
