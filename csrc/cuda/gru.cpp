@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_persistent_fwd(const Tensor& input, const
 
 // Whether (t, n) is padding, [T, N, 1], of sequences that end `early` steps sooner.
 Tensor padding(const Tensor& lengths, int64_t T, int64_t early) {
-  return (at::arange(early, T + early, lengths.options()).unsqueeze(1) >= lengths).unsqueeze(2);
+  return at::arange(early, T + early, lengths.options()).unsqueeze(1).ge(lengths).unsqueeze(2);
 }
 
 // h_{t-1} of every step, [T, N, H].
