@@ -166,7 +166,14 @@ def test_the_router_knows_what_fits(name, device):
         drawn = draw(Case(1, 1, 1, edge), dtype)
         with pytest.raises(ValueError, match=r"gru_persistent_fwd: the recurrent weights of H = \d+ .* do not fit"):
             fwd(drawn, False)
-        if 16 < edge <= 400:  # what fits is launched, where that takes no time
+        if edge == 16:
+            continue
+        # just below, there is a plan: it is looked at after the weights, and before anything is allocated or launched
+        drawn = draw(Case(1, 1, 1, edge - 16), dtype)
+        drawn["input"] = drawn["input"].expand(2**32, 1, 1)
+        with pytest.raises(ValueError, match=r"gru_persistent_fwd: want less than \d+ steps, got 4294967296"):
+            fwd(drawn, False)
+        if edge <= 400:  # what fits is launched, where that takes no time
             case = Case(2, 1, 1, edge - 16)
             everything(case, draw(case, dtype), draw_gradients(case, dtype))
 

@@ -30,6 +30,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMost = 1 << 24;  // sequences and units: numbers of them and of chunks are 32 bits wide
+constexpr int64_t kMostMeetings = int64_t{1} << 32;  // blocks times steps: so are the counters of the barrier
 
 Dtype dtype_of(const char* name, const Tensor& input) {
   switch (input.scalar_type()) {
@@ -84,9 +85,11 @@ Inputs inputs(const char* name, const Tensor& input, const Tensor& h0, const Ten
 struct Memory {
   Tensor exchange, counters, state;
 
-  Memory(const char* name, const GruPlan& plan, const Tensor& h0) {
+  Memory(const char* name, const GruPlan& plan, const Tensor& h0, int64_t T) {
     TORCH_CHECK_VALUE(plan.unit_slices > 0, name, ": the recurrent weights of H = ", h0.size(1), " in ",
                       h0.scalar_type(), " do not fit into the shared memory of this device");
+    TORCH_CHECK_VALUE(T < kMostMeetings / plan.unit_slices, name, ": want less than ", kMostMeetings / plan.unit_slices,
+                      " steps, got ", T);
     exchange = at::zeros({plan.exchange_bytes}, h0.options().dtype(at::kByte));
     counters = at::zeros({plan.counter_bytes}, h0.options().dtype(at::kByte));
     state = at::empty(h0.sizes(), h0.options().dtype(at::kFloat));
@@ -112,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_persistent_fwd(const Tensor& input, const
 
   GruPlan plan;
   C10_CUDA_CHECK(plan_gru_fwd(in.walk, dtype, plan));
-  const Memory memory(name, plan, in.h0);
+  const Memory memory(name, plan, in.h0, T);
   const Tensor projected = at::linear(input, w_ih, b_ih).contiguous();
   const Tensor output = at::empty({T, N, H}, input.options()), h_n = at::empty({N, H}, input.options());
   const Tensor gates = save_gates ? at::empty({T, N, 4, H}, input.options()) : at::empty({0}, input.options());
@@ -157,23 +160,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_persistent_bwd(
 
   GruPlan plan;
   C10_CUDA_CHECK(plan_gru_bwd(in.walk, dtype, plan));
-  const Memory memory(name, plan, in.h0);
+  const Memory memory(name, plan, in.h0, T);
   const auto [want_input, want_h0, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = wanted;
+  const bool want_da = want_input || want_w_ih || want_w_hh || want_b_ih || want_b_hh;
   const Tensor none = at::empty({0}, input.options());
-  const Tensor da = at::empty({T, N, 4, H}, input.options());
+  const Tensor da = want_da ? at::empty({T, N, 4, H}, input.options()) : none;
   const Tensor grad_h0 = want_h0 ? at::empty({N, H}, input.options()) : none;
   const GruBwd args{in.walk,
                     data(dy),
                     data(dh_n),
                     y.const_data_ptr(),
                     saved.const_data_ptr(),
-                    da.mutable_data_ptr(),
+                    want_da ? da.mutable_data_ptr() : nullptr,
                     want_h0 ? grad_h0.mutable_data_ptr() : nullptr};
   C10_CUDA_CHECK(gru_bwd(args, plan, memory.pointers(), dtype, c10::cuda::getCurrentCUDAStream()));
 
+  Tensor grad_input = none, grad_w_ih = none, grad_w_hh = none, grad_b_ih = none, grad_b_hh = none;
+  if (!want_da) return {grad_input, grad_h0, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh};
   const Tensor flat = da.view({T * N, 4 * H});  // dr, dz, dn, dn * r
   const Tensor at_input = flat.narrow(1, 0, 3 * H), of_rz = flat.narrow(1, 0, 2 * H);
-  Tensor grad_input = none, grad_w_ih = none, grad_w_hh = none, grad_b_ih = none, grad_b_hh = none;
   if (want_input) grad_input = at::mm(at_input, w_ih).view(input.sizes());
   if (want_w_ih) {  // what stands in padding, NaN included, must not meet its gradients of 0
     const Tensor x = in.lengths ? input.masked_fill(padding(*in.lengths, T, 0), 0) : input;

@@ -109,8 +109,8 @@ struct Thread {
 };
 
 struct Warp {
-  std::vector<Thread*> lanes;  // in the order in which they run
-  uint64_t values[warpSize];   // what the lanes show each other
+  std::vector<Thread*> lanes;          // in the order in which they run
+  unsigned char values[warpSize][24];  // what the lanes show each other: at most an mma's operands
 };
 
 struct Block {
@@ -201,12 +201,12 @@ inline void sync_warp(unsigned mask) {
 // What each lane of `mask` has given, once all have.
 template <typename T>
 std::array<T, warpSize> exchange(unsigned mask, T value) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
   Warp& warp = *current->warp;
-  std::memcpy(&warp.values[current->lane], &value, sizeof(T));
+  static_assert(sizeof(T) <= sizeof(warp.values[0]));
+  std::memcpy(warp.values[current->lane], &value, sizeof(T));
   sync_warp(mask);
   std::array<T, warpSize> values;
-  for (int lane = 0; lane < warpSize; ++lane) std::memcpy(&values[lane], &warp.values[lane], sizeof(T));
+  for (int lane = 0; lane < warpSize; ++lane) std::memcpy(&values[lane], warp.values[lane], sizeof(T));
   sync_warp(mask);  // before anyone gives the next
   return values;
 }
@@ -396,17 +396,16 @@ std::array<float, 2> elements(unsigned word);
 // its m16n8k16 of 16 bits, whose words hold two elements.
 template <typename T>
 void mma(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1) {
-  const auto both = [](unsigned low, unsigned high) { return uint64_t{high} << 32 | low; };
-  const std::array<uint64_t, warpSize> first = exchange(~0u, both(a.x, a.y)), second = exchange(~0u, both(a.z, a.w)),
-                                       right = exchange(~0u, both(b0, b1));
+  struct Fragments {
+    unsigned a[4], b[2];  // a: rows g and g + 8 of word q, then of word q + 4; b: words q and q + 4 of column g
+  };
+  const auto lanes = exchange(~0u, Fragments{{a.x, a.y, a.z, a.w}, {b0, b1}});
   const int g = current->lane / 4, q = current->lane % 4;
   for (int i = 0; i < 4; ++i) {
-    const int row = g + i / 2 * 8, column = 2 * q + i % 2;
-    for (int word = 0; word < 8; ++word) {
-      const uint64_t from = (word < 4 ? first : second)[row % 8 * 4 + word % 4];
-      const auto left = elements<T>(static_cast<unsigned>(from >> (row / 8 * 32)));
-      const auto with = elements<T>(static_cast<unsigned>(right[column * 4 + word % 4] >> (word / 4 * 32)));
-      for (int e = 0; e < 2; ++e) sum[i] += left[e] * with[e];
+    for (int word = 0; word < 8; ++word) {  // row g or g + 8, column 2q or 2q + 1
+      const auto left = elements<T>(lanes[g * 4 + word % 4].a[word / 4 * 2 + i / 2]);
+      const auto right = elements<T>(lanes[(2 * q + i % 2) * 4 + word % 4].b[word / 4]);
+      for (int e = 0; e < 2; ++e) sum[i] += left[e] * right[e];
     }
   }
 }
