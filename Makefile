@@ -15,7 +15,8 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 SOURCES := setup.py pyproject.toml requirements-dev.txt fastarch/version.py $(wildcard csrc/*.* csrc/*/*.*)
-CPU_TESTS := $(filter-out %_gpu.py %_cuda_on_cpu.py,$(wildcard tests/test_conv_relu_pool*.py tests/test_batch_norm*.py))
+OPERATIONS := conv_relu_pool batch_norm gru attention
+CPU_TESTS := $(filter-out %_gpu.py %_cuda_on_cpu.py,$(foreach op,$(OPERATIONS),$(wildcard tests/test_$(op)*.py)))
 PEERS := onnx onnxruntime onnxscript openvino
 
 # `kernels/` and `fastarch/` must be found where they are installed, never because of the current directory
@@ -71,6 +72,7 @@ gpu:
 	$(PYTHON) -m pytest tests -m gpu $(ARGS)
 	$(PYTHON) -m fastarch.cli bench conv_relu_pool
 	$(PYTHON) -m fastarch.cli bench batch_norm
+	$(PYTHON) -m fastarch.cli bench gru
 
 clean:
 	rm -rf .venv $(CUDA) build dist out *.egg-info fastarch/*.so .pytest_cache .ruff_cache .hypothesis

@@ -9,7 +9,9 @@ from fastarch import extension
 
 assert torch.version.cuda, f"{torch.__version__} is no CUDA build"
 assert extension.cuda is not None, "fastarch._cuda was not built"
-algorithms = {name: importlib.import_module(f"fastarch.ops.{name}").CUDA_ALGORITHM for name in fastarch.ops.__all__}
+modules = {importlib.import_module(getattr(fastarch.ops, name).__module__) for name in fastarch.ops.__all__}
+algorithms = {module.__name__.rpartition(".")[2]: getattr(module, "CUDA_ALGORITHM", None) for module in modules}
+algorithms = {name: algorithm for name, algorithm in sorted(algorithms.items()) if algorithm}
 operations = [f"fastarch::{name}_{algorithm}_{d}" for name, algorithm in algorithms.items() for d in ("fwd", "bwd")]
 for operation in operations:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(operation, "CUDA"), f"{operation} has no CUDA implementation"

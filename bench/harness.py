@@ -23,6 +23,7 @@ L2_BYTES = 256 * 2**20  # written between two timed calls on a GPU: more than an
 
 OURS = "fastarch"
 OURS_CHANNELS_LAST = "fastarch channels_last"
+OURS_COMPILED = "fastarch compile"
 
 
 class Case(NamedTuple):
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     layers: int = 1  # one after another: each amplifies the rounding of those before it
     of_inputs: bool = True  # whether a step wants the gradients of the inputs as well
     in_any_format: bool = True  # the memory format of the inputs is the provider's choice, not the case's
+    compiled: bool = False  # whether ours is also timed under torch.compile
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +66,8 @@ def providers(case: Case, mode: str, chosen: list[str]) -> dict[str, Callable[[]
         case.device.type == "cuda" and case.in_any_format
     ):  # where tensor cores want channels_last, and everybody uses it
         modules = {OURS: (peers.channels_last, case.ours)}
+    if case.compiled:
+        modules[OURS_COMPILED] = (peers.compiled, case.ours)
     modules |= {name: (known[name], case.reference) for name in chosen or known if name in known}
     if not case.in_any_format:
         modules = {name: module for name, module in modules.items() if "channels_last" not in name}

@@ -48,4 +48,54 @@ BATCH_NORM = {
 }
 
 
+class GRU(NamedTuple):
+    """x [T, N, C], states of H units."""
+
+    T: int
+    N: int
+    C: int
+    H: int
+    layers: int = 1
+    bidirectional: bool = False
+
+
+GRUS = {
+    "char": GRU(128, 32, 128, 256),
+    "large": GRU(128, 32, 256, 512),
+    "stream": GRU(512, 1, 64, 128),
+    "bidir": GRU(100, 64, 32, 64, 2, True),
+    "decode": GRU(1, 64, 256, 512),
+}
+
+
+class Attention(NamedTuple):
+    B: int
+    H: int
+    Lq: int
+    Lk: int
+    D: int
+    causal: bool = False
+    dropout: float = 0.0
+
+
+ATTENTION = {
+    "vit": Attention(8, 12, 197, 197, 64),
+    "bert": Attention(4, 12, 512, 512, 64),
+    "gpt2": Attention(1, 12, 1024, 1024, 64, causal=True),
+    "long": Attention(1, 8, 4096, 4096, 64, causal=True),
+    "wide": Attention(1, 8, 4096, 4096, 128, causal=True),
+    "dropout": Attention(2, 8, 512, 512, 64, dropout=0.1),
+}
+
+
+class Decode(NamedTuple):
+    B: int
+    Hq: int
+    Hkv: int
+    Lk: int
+    D: int
+
+
+DECODE = {"decode": Decode(8, 32, 8, 8192, 128)}
+
 MODELS = {"resnet18": (3, 224, 224), "resnet50": (3, 224, 224)}  # by name, the shape of an image

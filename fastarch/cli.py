@@ -43,7 +43,8 @@ def info() -> None:
 
     operations = Table("operation", "reference", "CPU C++", "Triton", "CUDA C++")
     for name in fastarch.ops.__all__:
-        serves = ("yes", "yes" if built else "not built", triton_state(name), cuda_state(name))
+        operation = operation_of(name)
+        serves = ("yes", "yes" if built else "not built", triton_state(operation), cuda_state(operation))
         operations.add_row(name, *serves)
     console.print(operations)
 
@@ -55,6 +56,11 @@ def triton_version() -> str | None:
         return None
 
 
+def operation_of(function: str) -> str:
+    """The operation that a function of fastarch.ops belongs to, by which its files are named."""
+    return getattr(fastarch.ops, function).__module__.rpartition(".")[2]
+
+
 def triton_state(operation: str) -> str:
     if importlib.util.find_spec(f"fastarch.kernels.{operation}") is None:
         return "none"
@@ -62,7 +68,9 @@ def triton_state(operation: str) -> str:
 
 
 def cuda_state(operation: str) -> str:
-    algorithm = importlib.import_module(f"fastarch.ops.{operation}").CUDA_ALGORITHM
+    algorithm = getattr(importlib.import_module(f"fastarch.ops.{operation}"), "CUDA_ALGORITHM", None)
+    if algorithm is None:
+        return "none"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastarch::{operation}_{algorithm}_fwd", "CUDA"):
         return "not built"
     return "yes" if torch.cuda.is_available() else "no GPU"

@@ -10,7 +10,8 @@ window (avg: has its bit, and a share of dy). The sums gather it from dy and ind
 
 import triton
 import triton.language as tl
-from fastarch.kernels.conv_relu_pool_fwd import multiply_add, pixels_at, terms_at, window_area, within
+from fastarch.kernels.conv_relu_pool_fwd import pixels_at, terms_at, window_area, within
+from fastarch.kernels.product import multiply_add
 
 
 @triton.jit

@@ -11,6 +11,7 @@ loads vectors of them; in NCHW it sees nothing, and its default order runs along
 
 import triton
 import triton.language as tl
+from fastarch.kernels.product import multiply_add
 
 
 @triton.jit
@@ -47,16 +48,6 @@ def terms_at(step, CHANNELS, TAPS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_K:
 def within(row, column, HEIGHT, WIDTH):
     """0 <= row < HEIGHT and 0 <= column < WIDTH, in one comparison each: as unsigned, a negative number is large."""
     return (row.to(tl.uint32) < HEIGHT) & (column.to(tl.uint32) < WIDTH)
-
-
-@triton.jit
-def multiply_add(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b. In exact float32 the product is summed up first: long chains of additions round away more."""
-    if PRECISION == "ieee" and a.dtype == tl.float32:
-        # the last argument means nothing to float32 but keeps Triton from folding the addition into the product
-        return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1])
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

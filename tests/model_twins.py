@@ -283,13 +283,26 @@ class TorchUNet(nn.Module):
         return self.head(x)
 
 
+class TorchSequenceClassifier(nn.Module):
+    def __init__(self, layer: Callable[..., nn.Module]):
+        super().__init__()
+        self.rnn = layer(28, 128, batch_first=True)
+        self.fc = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rnn(x)[0][:, -1])
+
+
 TWINS = {
     "alexnet": torchvision_alexnet,
     "densenet121": partial(torchvision_densenet, [6, 12, 24, 16]),
     "densenet169": partial(torchvision_densenet, [6, 12, 32, 32]),
     "densenet201": partial(torchvision_densenet, [6, 12, 48, 32]),
+    "elman": partial(TorchSequenceClassifier, nn.RNN),
     "googlenet": TorchvisionGoogLeNet,
+    "gru_classifier": partial(TorchSequenceClassifier, nn.GRU),
     "lenet5": torch_lenet5,
+    "lstm_classifier": partial(TorchSequenceClassifier, nn.LSTM),
     "notes_cnn": torch_notes_cnn,
     "notes_fnn": torch_notes_fnn,
     "resnet18": partial(torchvision_resnet, basic, 1, [2, 2, 2, 2]),

@@ -336,9 +336,9 @@ def test_sanitized():
 
 # tests/cuda_on_cpu itself
 
-SOUND = ["reverse", "fixed", "warp", "grid barrier", "limits", "unwritten"]
+SOUND = ["reverse", "fixed", "warp", "grid barrier", "limits", "unwritten", "waiting loop", "mma"]
 RACES = ["no barrier", "warp barrier"]
-REFUSED = {"deadlock": "deadlock", "no cooperation": "cooperative launch"}
+REFUSED = {"deadlock": "deadlock", "no cooperation": "cooperative launch", "endless loop": "deadlock"}
 OVERFLOWS = ["shared overflow", "global overflow", "fixed overflow"]
 each_order = pytest.mark.parametrize("order", ["ascending", "descending", "1"])
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
+pytest.importorskip("statsmodels")
 
 
 def load(name: str) -> ModuleType:
@@ -47,3 +49,59 @@ def test_skip_connections_keep_the_gradient():
     assert kept["ReLU", False] < 1e-3
     assert kept["sigmoid", False] < kept["ReLU", False]
     assert min(kept["sigmoid", True], kept["ReLU", True]) > 0.01
+
+
+def test_gates_keep_the_gradient_where_an_elman_network_loses_it(threads):
+    threads(1)  # too little for two
+    example = load("long_memory")
+    kept = {}
+    for kind in example.KINDS:
+        torch.manual_seed(0)
+        norms = example.Memory(kind, 60).gradient_norms(*example.draw(60))
+        assert len(norms) == 60
+        kept[kind] = norms[0] / norms[-1]
+    assert kept["Elman"] < 1e-10
+    assert min(kept["GRU"], kept["LSTM"]) > 1e-3
+
+
+def test_the_gradient_by_the_state_is_that_of_the_whole_sequence():
+    """By the first state, which a layer takes: what the walk finds for a sequence that is one step longer."""
+    example = load("long_memory")
+    network = example.Memory("GRU", 20)
+    x, labels = example.draw(20)
+    h0 = network.rnn(x[:1])[1].detach().double().requires_grad_()
+    exact = example.copy.deepcopy(network).double()
+    logits = exact.fc(exact.rnn(x[1:].double(), h0)[0][-1])
+    (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), h0)
+    assert network.gradient_norms(x, labels)[0] == pytest.approx(grad.norm().item(), rel=1e-5)
+
+
+def test_dates_are_written_in_many_ways_and_held_out():
+    example = load("dates")
+    known, held_out = example.split()
+    assert len({*known} | {*held_out}) == len(known) + len(held_out) == 73_049
+    assert len({example.human(held_out[0], form) for form in range(len(example.FORMATS))}) >= 15
+    texts, dates = example.draw(held_out, 500, example.random.Random(0))
+    batch = example.encode(texts, dates)
+    for text, date, source, length, target in zip(texts, dates, *batch):
+        assert "".join(example.READ[i] for i in source[:length]) == text
+        assert target[0] == example.BEGIN
+        assert example.decode(target[1:]) == date.isoformat()
+
+
+def test_linear_models_forecast_sunspots():
+    example = load("sunspots")
+    years, numbers = example.load()
+    assert (years[0], years[-1]) == (1700, 2008)
+    split = int((years < example.SPLIT).sum())
+    errors = [example.error(f, numbers[split:]) for f in (numbers[:-1], example.autoregression(numbers, split))]
+    assert errors == pytest.approx([31.8, 18.2], abs=0.1)
+
+
+def test_a_gru_learns_sunspots_in_chunks(threads):
+    threads(1)  # too little for two
+    example = load("sunspots")
+    _, numbers = example.load()
+    x = (numbers.sqrt() - 6) / 3
+    losses = [*example.train(example.Forecaster(), x, epochs=30)]
+    assert losses[-1] < 0.5 * losses[0]

@@ -19,15 +19,18 @@ from fastarch.models.googlenet import BasicConv2d, Inception
 from fastarch.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastarch.models.senet import SENet
 from fastarch.models.vgg import VGG
-from fastarch.nn import BatchNorm2d, ConvReLUPool2d, conv_bn_relu_pool
+from fastarch.nn import GRU, BatchNorm2d, ConvReLUPool2d, conv_bn_relu_pool
 
 PARAMETERS = {
     "alexnet": 61_100_840,
     "densenet121": 7_978_856,
     "densenet169": 14_149_480,
     "densenet201": 20_013_928,
+    "elman": 21_514,
     "googlenet": 13_004_888,
+    "gru_classifier": 61_962,
     "lenet5": 61_706,
+    "lstm_classifier": 82_186,
     "notes_cnn": 421_642,
     "notes_fnn": 418_666,
     "resnet18": 11_689_512,
@@ -48,6 +51,12 @@ PARAMETERS = {
     "vgg19": 143_667_240,
     "vgg19_bn": 143_678_248,
 }
+RECURRENT = [
+    "elman",
+    "gru_classifier",
+    "lstm_classifier",
+]  # read the rows of an image; more in test_models_recurrent.py
+TOKENS = ["seq2seq"]  # read something else, in files of their own: test_models_seq2seq.py
 SMALL = ["lenet5", "notes_cnn", "notes_fnn"]
 # every kind of block at least once
 SHALLOW = {
@@ -65,6 +74,7 @@ SHAPES = {
     "notes_cnn": (2, 1, 28, 28),
     "notes_fnn": (2, 1, 28, 28),
     "unet": (1, 1, 32, 32),
+    **{name: (2, 28, 28) for name in RECURRENT},
 }
 DEFAULT = (1, 3, 64, 64)  # shape of the other networks' images
 # torchvision's indices of the convolutions in features and of the linear layers in classifier
@@ -92,7 +102,7 @@ PUBLISHED = {
 }
 
 
-@pytest.fixture(scope="module", params=models.__all__)
+@pytest.fixture(scope="module", params=[name for name in models.__all__ if name not in TOKENS])
 def name(request) -> str:
     return request.param
 
@@ -245,7 +255,7 @@ def test_smallest_image(name, side):
 @pytest.mark.skipif(extension.cpu is None, reason="fastarch._C is not built")
 def test_kernels_serve_every_fused_layer(network, images):
     calls = fastarch.explain(network, images)
-    fused = [n for n, m in network.named_modules() if isinstance(m, ConvReLUPool2d | BatchNorm2d)]
+    fused = [n for n, m in network.named_modules() if isinstance(m, ConvReLUPool2d | BatchNorm2d | GRU)]
     assert len(calls) == len([n for n in fused if not n.startswith("aux")])  # GoogLeNet's heads are for training
     assert all(call.kernel.startswith(f"cpu-{extension.isa} ") for call in calls), calls
 
@@ -317,6 +327,7 @@ def test_inference_gives_the_same_bits_again_and_changes_nothing(network, images
     assert all(torch.equal(t, before[key]) for key, t in network.named_buffers())
 
 
+@pytest.mark.parametrize("name", [n for n in models.__all__ if n not in RECURRENT + TOKENS], indirect=True)
 def test_channels_last_is_as_exact(name, network, images, eager, truth):
     last = {"memory_format": torch.channels_last}
     state = {key: t.contiguous(**last) if t.dim() == 4 else t for key, t in network.state_dict().items()}
@@ -329,7 +340,7 @@ def test_an_empty_batch(network, images, output):
     assert network(images[:0]).shape == (0, *output.shape[1:])
 
 
-@pytest.mark.parametrize("name", [*SMALL, "resnet18"], indirect=True)
+@pytest.mark.parametrize("name", [*SMALL, *RECURRENT, "resnet18"], indirect=True)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))], ids=["deepcopy", "pickle"])
 def test_copies_are_equal_and_independent(network, images, output, copied):
     other = copied(network)
@@ -341,7 +352,7 @@ def test_copies_are_equal_and_independent(network, images, output, copied):
     assert not other(images).any()
 
 
-@pytest.mark.parametrize("name", SMALL, indirect=True)
+@pytest.mark.parametrize("name", [*SMALL, "gru_classifier"], indirect=True)
 def test_compiled_gives_the_same(network, images):
     torch._dynamo.reset()
     got, want = gradients(torch.compile(network, fullgraph=True), images), gradients(network, images)

@@ -13,8 +13,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may have
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-PRODUCTS = ("conv_relu_pool_fwd_kernel", "conv_relu_pool_bwd_input_kernel", "conv_relu_pool_bwd_weight_kernel")
-
+PRODUCTS = (
+    *(f"conv_relu_pool_{kernel}_kernel" for kernel in ("fwd", "bwd_input", "bwd_weight")),
+    *(f"gru_{kernel}_kernel" for kernel in ("fwd", "fwd_reset", "fwd_candidate", "bwd", "bwd_reset")),
+)
 APPLIED = ("batch_norm_fwd_kernel", "batch_norm_bwd_kernel")
 
 
@@ -57,7 +59,7 @@ def test_products_run_on_tensor_cores(kernels):
         exact = "torch.float32" in kernel["case"] and "tf32=False" in kernel["case"]
         wanted = TENSOR_CORES[kernel["gpu"]]
         found = any(name.startswith(wanted) for name in kernel["instructions"])
-        return kernel["kernel"] in PRODUCTS and found == exact
+        return kernel["kernel"] in PRODUCTS and kernel["multiplies"] and found == exact
 
     assert not offenders(kernels, without)
 

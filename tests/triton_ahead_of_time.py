@@ -20,6 +20,7 @@ import torch
 import triton
 from fastarch.kernels import batch_norm as norm
 from fastarch.kernels import conv_relu_pool as conv
+from fastarch.kernels import gru
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -46,11 +47,13 @@ class Driver:
 
 
 def compile_only(launch, gpu):
-    """The kernels that launch() launches, compiled for the GPU: name, tile taken last before it, and kernel."""
+    """The kernels that launch() launches, compiled for the GPU: name, tile taken last before it, whether it is not
+    told to leave products out, and kernel."""
     kernels, run = [], JITFunction.run
 
     def compile_one(self, *args, warmup, **options):
-        kernels.append((self.fn.__name__, Recorder.taken, run(self, *args, warmup=True, **options)))
+        multiplies = options.get("PRODUCT", True)  # of gru's kernels: False leaves products to a library
+        kernels.append((self.fn.__name__, Recorder.taken, multiplies, run(self, *args, warmup=True, **options)))
 
     JITFunction.run = compile_one
     triton.runtime.driver.set_active(Driver(gpu))
@@ -190,6 +193,49 @@ CASES += [
 ]
 
 
+class GRU(NamedTuple):
+    dtype: torch.dtype = torch.bfloat16
+    algorithm: str = "cell"
+    t: int = 2
+    c: int = 128
+    h: int = 256
+    reset_after: bool = True
+    lengths: bool = False
+    reverse: bool = False
+    bias: bool = True
+    training: bool = True
+    tf32: bool = True
+
+    def launch(self):
+        torch.backends.cudnn.rnn.fp32_precision = "tf32" if self.tf32 else "ieee"
+        n = 3
+        x, h0 = torch.zeros(self.t, n, self.c, dtype=self.dtype), torch.zeros(n, self.h, dtype=self.dtype)
+        w_ih, w_hh = (torch.zeros(3 * self.h, columns, dtype=self.dtype) for columns in (self.c, self.h))
+        b_ih, b_hh = (torch.zeros(3 * self.h, dtype=self.dtype) if self.bias else None for _ in range(2))
+        lengths = torch.full((n,), self.t) if self.lengths else None
+        options = self.reverse, self.reset_after
+        y, h_n, gates = gru.gru_fwd(
+            x, h0, w_ih, w_hh, b_ih, b_hh, lengths, *options, self.training, self.algorithm
+        )  # fmt: skip
+        if self.training:
+            saved = x, h0, w_ih, w_hh, y, gates, lengths
+            gru.gru_bwd(y, h_n, *saved, *options, self.algorithm, [True] * 6)
+
+
+CASES += [
+    GRU(t=1),
+    GRU(reset_after=False, lengths=True, reverse=True),
+    GRU(torch.float32, bias=False),
+    GRU(torch.float32, t=1, reset_after=False),
+    GRU(torch.float32, tf32=False),
+    GRU(c=33, h=65),
+    GRU(torch.float32, c=33, h=65, t=1, reset_after=False, training=False),
+    GRU(torch.float32, c=33, h=65, lengths=True, tf32=False),
+    GRU(algorithm="pointwise", lengths=True),
+    GRU(torch.float16, training=False),
+]
+
+
 class Recorder(dict):
     """A table of tiles that remembers which was taken last."""
 
@@ -201,7 +247,7 @@ class Recorder(dict):
 
 
 def main(shard, shards):
-    conv.TILES, norm.TILES = Recorder(conv.TILES), Recorder(norm.TILES)
+    conv.TILES, norm.TILES, gru.TILES = Recorder(conv.TILES), Recorder(norm.TILES), Recorder(gru.TILES)
     seen = set()
     for case, gpu in [*product(CASES, GPUS)][shard::shards]:
         label = dict(gpu=gpu, case=repr(case), half=case.dtype != torch.float32)
@@ -210,10 +256,11 @@ def main(shard, shards):
         except Exception as error:
             print(json.dumps(label | dict(error=f"{type(error).__name__}: {error}")), flush=True)
             continue
-        for name, tile, kernel in kernels:
+        for name, tile, multiplies, kernel in kernels:
             if id(kernel) not in seen:  # Triton keeps it: several cases can share it
                 seen.add(id(kernel))
-                print(json.dumps(label | dict(kernel=name, tile=tile) | resources(kernel)), flush=True)
+                about = label | dict(kernel=name, tile=tile, multiplies=multiplies)
+                print(json.dumps(about | resources(kernel)), flush=True)
 
 
 if __name__ == "__main__":

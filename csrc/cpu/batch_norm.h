@@ -5,6 +5,7 @@
 
 #include "cpu/element_type.h"
 #include "cpu/isa.h"
+#include "cpu/range.h"
 
 // y = relu((x - mean) * scale + bias + residual), scale = weight / sqrt(var + eps), channel by channel.
 struct BatchNorm {
@@ -15,13 +16,6 @@ struct BatchNorm {
   bool centred =
       false;  // whether dx has the means of dz and dz xhat taken off: not where the statistics were constants
 };
-
-struct Range {
-  int64_t begin, end;
-};
-
-// Work is cut into parts, ranges of N, whose statistics are merged; how, no thread count decides.
-inline Range part_of(int64_t N, int64_t parts, int64_t i) { return {N * i / parts, N * (i + 1) / parts}; }
 
 // So many channels of planes, at most, are worked on together.
 constexpr int64_t CHANNELS_TOGETHER = 32;

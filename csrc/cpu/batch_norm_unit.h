@@ -4,9 +4,6 @@
 #include "cpu/batch_norm.h"
 #include "cpu/layout.h"
 
-// For lambdas: their sizes are constants only where they are inlined.
-#define FASTARCH_INLINED __attribute__((always_inline))
-
 namespace {
 
 constexpr int UNIT = 16;
@@ -16,9 +13,6 @@ struct Unit {
   static constexpr int VECTORS = UNIT / LANES<T>;
   Vec<T> v[VECTORS];
 };
-
-FASTARCH_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTARCH_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // n = UNIT is known where units are whole; of others only the first n elements exist, and the rest are 0.
 template <class T, class Storage>

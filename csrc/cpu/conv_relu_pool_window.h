@@ -3,12 +3,9 @@
 
 #include "cpu/conv_relu_pool.h"
 #include "cpu/layout.h"
+#include "cpu/range.h"
 
 namespace {
-
-FASTARCH_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTARCH_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTARCH_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The window of one pooled row or column: where it starts (maybe outside) and the elements that it truly has.
 struct Window {

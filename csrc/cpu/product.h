@@ -18,18 +18,31 @@ FASTARCH_INLINE T broadcast(T x) {
 }
 FASTARCH_INLINE Vec<float> broadcast(Pair x) { return (Vec<float>)splat<int64_t>(x); }
 
-// acc[p][v] += sum_i x[offset(p) + i] * w[v * w_step + i * L .. + L], i < n: the rows p broadcast against vectors v.
-template <int P, int V, class T, class X, class Offset>
+// acc[p][v] += sum_i x[offset(p) + i * STEP] * w[v * w_step + i * L .. + L], i < n: the rows p broadcast against
+// vectors v. Where rows are few their broadcasts stay in registers, and each vector is used as it is loaded.
+template <int P, int V, class T, int STEP = 1, class X, class Offset>
 FASTARCH_INLINE void multiply_add(Vec<T> (&acc)[P][V], const X* x, Offset offset, const T* w, int64_t w_step,
                                   int64_t n) {
   for (int64_t i = 0; i < n; i++) {
-    Vec<T> factor[V];
+    if constexpr (P <= 2 && V > 2) {
+      Vec<T> row[P];
 #pragma GCC unroll 2
+      for (int p = 0; p < P; p++) row[p] = splat<T>(x[offset(p) + i * STEP]);
+#pragma GCC unroll 6
+      for (int v = 0; v < V; v++) {
+        const Vec<T> factor = load(w + v * w_step + i * LANES<T>);
+#pragma GCC unroll 2
+        for (int p = 0; p < P; p++) acc[p][v] += factor * row[p];
+      }
+      continue;
+    }
+    Vec<T> factor[V];
+#pragma GCC unroll 6
     for (int v = 0; v < V; v++) factor[v] = load(w + v * w_step + i * LANES<T>);
 #pragma GCC unroll 12
     for (int p = 0; p < P; p++) {
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) acc[p][v] += factor[v] * broadcast(x[offset(p) + i]);
+#pragma GCC unroll 6
+      for (int v = 0; v < V; v++) acc[p][v] += factor[v] * broadcast(x[offset(p) + i * STEP]);
     }
   }
 }

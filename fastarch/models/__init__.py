@@ -6,8 +6,10 @@ from fastarch.models.googlenet import googlenet
 from fastarch.models.lenet5 import lenet5
 from fastarch.models.notes_cnn import notes_cnn
 from fastarch.models.notes_fnn import notes_fnn
+from fastarch.models.recurrent import elman, gru_classifier, lstm_classifier
 from fastarch.models.resnet import resnet18, resnet34, resnet50, resnet101, resnet152
 from fastarch.models.senet import se_resnet50, se_resnet152, senet154
+from fastarch.models.seq2seq import seq2seq
 from fastarch.models.unet import unet
 from fastarch.models.vgg import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 
@@ -16,8 +18,11 @@ __all__ = [
     "densenet121",
     "densenet169",
     "densenet201",
+    "elman",
     "googlenet",
+    "gru_classifier",
     "lenet5",
+    "lstm_classifier",
     "notes_cnn",
     "notes_fnn",
     "resnet18",
@@ -28,6 +33,7 @@ __all__ = [
     "se_resnet50",
     "se_resnet152",
     "senet154",
+    "seq2seq",
     "unet",
     "vgg11",
     "vgg11_bn",

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -52,8 +53,10 @@ def program(source: Path, folder: Path, sanitize: bool = False) -> Path:
 def operation(name: str, folder: Path, sanitize: bool = False) -> Path:
     """A library for torch.ops.load_library in which csrc/cuda's operation `name` serves CPU tensors."""
     sources = ROOT / "csrc/cuda"
-    objects = [compile_kernel(p, folder, sanitize) for p in sorted(sources.glob(f"{name}*.cu"))]
-    objects.append(compile_torch_side(sources / f"{name}.cpp", folder, sanitize))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(compile_torch_side, sources / f"{name}.cpp", folder, sanitize)]
+        jobs += [pool.submit(compile_kernel, p, folder, sanitize) for p in sorted(sources.glob(f"{name}*.cu"))]
+        objects = [job.result() for job in jobs]
     target = folder / f"lib{name}.so"
     libraries = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
     run(cxx(), "-shared", *objects, *(SANITIZE if sanitize else []), *libraries, "-o", target)

@@ -28,6 +28,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -90,7 +91,7 @@ inline int setting(const char* name, int otherwise) {
 inline int multiprocessors() { return setting("CUDA_ON_CPU_MULTIPROCESSORS", 4); }
 inline int max_shared_bytes() { return setting("CUDA_ON_CPU_SHARED", 227 * 1024); }  // a block's limit on sm_90
 
-enum class State { running, at_warp, at_block, at_grid, ended };
+enum class State { running, at_warp, at_block, at_grid, paused, ended };
 
 struct Warp;
 struct Block;
@@ -108,8 +109,8 @@ struct Thread {
 };
 
 struct Warp {
-  std::vector<Thread*> lanes;  // in the order in which they run
-  uint64_t values[warpSize];   // what the lanes show each other
+  std::vector<Thread*> lanes;          // in the order in which they run
+  unsigned char values[warpSize][24];  // what the lanes show each other: at most an mma's operands
 };
 
 struct Block {
@@ -152,9 +153,12 @@ inline void resume(Thread& thread) {
   enter_stack(scheduler_fake_stack, nullptr, nullptr);
 }
 
+inline uint64_t steps;  // of all threads, pauses excepted
+
 inline void wait(State state) {
   Thread& self = *current;
   self.state = state;
+  steps += state != State::paused;
   leave_stack(&self.fake_stack, scheduler_stack, scheduler_stack_bytes);
   swapcontext(&self.context, &scheduler);
   enter_stack(self.fake_stack, nullptr, nullptr);
@@ -164,6 +168,7 @@ inline void thread_main() {
   enter_stack(nullptr, &scheduler_stack, &scheduler_stack_bytes);
   (*kernel_body)();
   current->state = State::ended;
+  ++steps;
   leave_stack(nullptr, scheduler_stack, scheduler_stack_bytes);  // null: this stack is not needed again
   setcontext(&scheduler);
 }
@@ -185,6 +190,9 @@ T* shared_array(size_t count, Site) {
 
 inline void* dynamic_shared() { return current->block->dynamic_shared.get(); }
 
+// A thread that waits for what another block writes lets everyone else run first.
+inline void pause() { wait(State::paused); }
+
 inline void sync_warp(unsigned mask) {
   current->mask = mask;
   wait(State::at_warp);
@@ -193,12 +201,12 @@ inline void sync_warp(unsigned mask) {
 // What each lane of `mask` has given, once all have.
 template <typename T>
 std::array<T, warpSize> exchange(unsigned mask, T value) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
   Warp& warp = *current->warp;
-  std::memcpy(&warp.values[current->lane], &value, sizeof(T));
+  static_assert(sizeof(T) <= sizeof(warp.values[0]));
+  std::memcpy(warp.values[current->lane], &value, sizeof(T));
   sync_warp(mask);
   std::array<T, warpSize> values;
-  for (int lane = 0; lane < warpSize; ++lane) std::memcpy(&values[lane], &warp.values[lane], sizeof(T));
+  for (int lane = 0; lane < warpSize; ++lane) std::memcpy(&values[lane], warp.values[lane], sizeof(T));
   sync_warp(mask);  // before anyone gives the next
   return values;
 }
@@ -262,8 +270,13 @@ inline void run_together(const std::vector<Block*>& blocks, bool cooperative) {
   const auto ended = [](const Block* block) { return complete(*block, State::ended); };
   const auto at_grid = [](const Block* block) { return complete(*block, State::at_grid); };
   for (;;) {
+    const uint64_t before = steps;
     for (Block* block : blocks) run_block(*block);
     if (std::all_of(blocks.begin(), blocks.end(), ended)) return;
+    bool anyone_paused = false;
+    for (Block* block : blocks) anyone_paused |= open(*block, State::paused);
+    if (anyone_paused && steps > before) continue;
+    if (anyone_paused) throw std::runtime_error("cuda_on_cpu: deadlock, a thread waits for what nobody writes");
     const bool all_at_grid = std::all_of(blocks.begin(), blocks.end(), at_grid);
     if (all_at_grid && !cooperative) throw std::runtime_error("cuda_on_cpu: a grid barrier wants a cooperative launch");
     if (!all_at_grid) throw std::runtime_error("cuda_on_cpu: deadlock, a barrier that some thread never reaches");
@@ -373,6 +386,32 @@ void __stcs(T* to, T value) {
   *to = value;
 }
 
+namespace cuda_on_cpu {
+
+// The elements of a 32-bit word of the storage type, as tensor cores read it: of TF32 they cut off what is too long.
+template <typename T>
+std::array<float, 2> elements(unsigned word);
+
+// sum += A B of the tensor cores, for 16 x 8 words of A and 8 words x 8 columns of B: mma.sync's m16n8k8 of TF32, and
+// its m16n8k16 of 16 bits, whose words hold two elements.
+template <typename T>
+void mma(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1) {
+  struct Fragments {
+    unsigned a[4], b[2];  // a: rows g and g + 8 of word q, then of word q + 4; b: words q and q + 4 of column g
+  };
+  const auto lanes = exchange(~0u, Fragments{{a.x, a.y, a.z, a.w}, {b0, b1}});
+  const int g = current->lane / 4, q = current->lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    for (int word = 0; word < 8; ++word) {  // row g or g + 8, column 2q or 2q + 1
+      const auto left = elements<T>(lanes[g * 4 + word % 4].a[word / 4 * 2 + i / 2]);
+      const auto right = elements<T>(lanes[(2 * q + i % 2) * 4 + word % 4].b[word / 4]);
+      for (int e = 0; e < 2; ++e) sum[i] += left[e] * right[e];
+    }
+  }
+}
+
+}  // namespace cuda_on_cpu
+
 namespace cooperative_groups {
 
 struct grid_group {
@@ -409,6 +448,30 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   if (f != f) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
 }
+
+namespace cuda_on_cpu {
+
+template <>
+inline std::array<float, 2> elements<float>(unsigned word) {
+  word &= ~0x1fffu;
+  float value;
+  std::memcpy(&value, &word, sizeof(value));
+  return {value, 0.0f};
+}
+template <>
+inline std::array<float, 2> elements<__half>(unsigned word) {
+  std::array<__half, 2> halves;
+  std::memcpy(&halves, &word, sizeof(word));
+  return {__half2float(halves[0]), __half2float(halves[1])};
+}
+template <>
+inline std::array<float, 2> elements<__nv_bfloat16>(unsigned word) {
+  std::array<__nv_bfloat16, 2> halves;
+  std::memcpy(&halves, &word, sizeof(word));
+  return {__bfloat162float(halves[0]), __bfloat162float(halves[1])};
+}
+
+}  // namespace cuda_on_cpu
 
 // What the host calls.
 

@@ -57,6 +57,58 @@ __global__ void diffuse_kernel(float* even, float* odd, int steps) {
   }
 }
 
+// The first block's sum of what each block writes: wrong unless it waits for them, in a loop.
+__global__ void gather_kernel(unsigned* come, unsigned expected, float* values, float* sum) {
+  if (threadIdx.x == 0) {
+    values[blockIdx.x] = blockIdx.x + 1.0f;
+    ++*come;
+  }
+  if (blockIdx.x > 0) return;
+  if (threadIdx.x == 0) {
+    while (*come < expected) cuda_on_cpu::pause();
+  }
+  __syncthreads();
+  sum[threadIdx.x] = 0;
+  for (unsigned i = 0; i < gridDim.x; ++i) sum[threadIdx.x] += values[i];
+}
+
+// sum [16, 8] of a [16, 8] and b [8, 8], which are words of one or two elements T. Lanes hold rows, columns and
+// words as PTX's tables of mma.m16n8k8 and m16n8k16 say.
+template <typename T>
+__global__ void mma_kernel(const unsigned* a, const unsigned* b, float* sum) {
+  const int g = threadIdx.x / 4, q = threadIdx.x % 4;
+  const uint4 left = {a[g * 8 + q], a[(g + 8) * 8 + q], a[g * 8 + q + 4], a[(g + 8) * 8 + q + 4]};
+  float c[4] = {};
+  cuda_on_cpu::mma<T>(c, left, b[q * 8 + g], b[(q + 4) * 8 + g]);
+  for (int i = 0; i < 4; ++i) sum[(g + i / 2 * 8) * 8 + 2 * q + i % 2] = c[i];
+}
+
+// Small integers, of which products and sums are exact in every type.
+template <typename T>
+bool multiplies() {
+  constexpr int kPerWord = 4 / sizeof(T);
+  constexpr int K = 8 * kPerWord;
+  std::vector<unsigned> a(16 * 8), b(8 * 8);
+  std::vector<float> x(16 * K), y(K * 8), sum(16 * 8);
+  const auto put = [](std::vector<unsigned>& words, int word, int element, float value) {
+    const T narrowed = narrow<T>(value);
+    std::memcpy(reinterpret_cast<char*>(&words[word]) + element * sizeof(T), &narrowed, sizeof(T));
+  };
+  for (int k = 0; k < K; ++k) {
+    for (int i = 0; i < 16; ++i) put(a, i * 8 + k / kPerWord, k % kPerWord, x[i * K + k] = (i * 5 + k * 3) % 11 - 4);
+    for (int j = 0; j < 8; ++j) put(b, k / kPerWord * 8 + j, k % kPerWord, y[k * 8 + j] = (k * 7 + j * 2) % 13 - 6);
+  }
+  if (launch(mma_kernel<T>, 1, kWarp, 0, false, nullptr, a.data(), b.data(), sum.data()) != cudaSuccess) return false;
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 8; ++j) {
+      float want = 0;
+      for (int k = 0; k < K; ++k) want += x[i * K + k] * y[k * 8 + j];
+      if (sum[i * 8 + j] != want) return false;
+    }
+  }
+  return true;
+}
+
 // Half of the threads never reach the barrier that the other half waits at, and wait at another one.
 __global__ void deadlock_kernel() {
   if (threadIdx.x % 2) {
@@ -135,6 +187,15 @@ bool run(const char* name) {
     launch(diffuse_kernel, 4, n / 4, 0, is("grid barrier"), nullptr, even.data(), odd.data(), steps);
     return odd == a;
   }
+  if (is("waiting loop") || is("endless loop")) {
+    const unsigned blocks = 4;
+    unsigned come = 0;
+    std::vector<float> values(blocks), sum(n);
+    launch(gather_kernel, blocks, n, 0, true, nullptr, &come, is("endless loop") ? blocks + 1 : blocks, values.data(),
+           sum.data());
+    return sum == std::vector<float>(n, 10.0f);
+  }
+  if (is("mma")) return multiplies<float>() && multiplies<__half>() && multiplies<__nv_bfloat16>();
   if (is("deadlock")) {
     launch(deadlock_kernel, 1, n, 0, false, nullptr);
     return true;

@@ -1,0 +1,201 @@
+// gru, forward: the input's share of all gates as one product over a chunk of steps, then step by step the state's,
+// with the gates computed while the sums are in the L1 cache.
+#include "cpu/activation.h"
+#include "cpu/gru_tile.h"
+
+namespace {
+
+template <class Storage>
+struct Forward {
+  using T = Compute<Storage>;
+  static constexpr int L = LANES<T>;
+  static constexpr bool SAME = sizeof(T) == sizeof(Storage);
+  static constexpr int64_t CHUNK_BYTES = 256 << 10;  // of sums of the input: they wait in the L2 cache for their steps
+  alignas(64) static constexpr T ZEROS[MOST_VECTORS * L] = {};
+
+  const Gru p;
+  const GruFwd a;
+  const Team team;
+  const Sequence sequence{p};
+  const int64_t blocks = ceil_div(p.H, L), stride = blocks * L;  // vectors of units; from row to row of a state
+  const int64_t G = p.reset_after ? 4 : 3;
+
+  // rows and blocks that a worker has at most, and steps whose sums it keeps
+  const int64_t own_rows = team.split == Split::ROWS ? ceil_div(p.N, team.size) : p.N;
+  const int64_t own_blocks = team.split == Split::UNITS ? ceil_div(blocks, team.size) : blocks;
+  const int64_t chunk = least(p.T, CHUNK_BYTES / int64_t(own_rows * own_blocks * 3 * L * sizeof(T)) + 1);
+  const int64_t sums_size = chunk * own_rows * own_blocks * 3 * L;
+
+  T *w_ih, *w_hh, *bias, *bias_n;  // panels [blocks][3][K][L] (w_hh without reset_after: of r and z, then of n)
+  T *state[2], *reset, *update;    // [N][stride]: h before and after a step; r * h and z, without reset_after
+  T *sums, *x;                     // of each worker: [chunk][rows][blocks][3][L]; [chunk][rows][C] where it is widened
+
+  Forward(const Gru& p, const GruFwd& a, const Team& team, Memory& m) : p(p), a(a), team(team) {
+    w_ih = m.take<T>(blocks * 3 * p.C * L), w_hh = m.take<T>(blocks * 3 * p.H * L);
+    bias = m.take<T>(blocks * 3 * L), bias_n = m.take<T>(blocks * L);
+    for (T*& s : state) s = m.take<T>(p.N * stride);
+    reset = m.take<T>(p.reset_after ? 0 : p.N * stride), update = m.take<T>(p.reset_after ? 0 : p.N * stride);
+    sums = m.take<T>(team.size * sums_size);
+    x = m.take<T>(SAME ? 0 : team.size * chunk * own_rows * p.C);
+  }
+
+  static int64_t memory_bytes(const Gru& p, const Team& team) {
+    Memory counted{};
+    Forward(p, {}, team, counted);
+    return counted.at;
+  }
+
+  static void run(const Gru& p, const GruFwd& a, const Team& team, void* memory) {
+    Memory m{reinterpret_cast<uintptr_t>(memory)};
+    Forward(p, a, team, m).run();
+  }
+
+  void run() const {
+    each_worker(team, [&](int64_t worker) {
+      const Range mine = part_of(blocks, team.size, worker), rows = part_of(p.N, team.size, worker);
+      for (int64_t j = mine.begin; j < mine.end; j++) pack(j);
+      for (int64_t n = rows.begin; n < rows.end; n++)
+        widen_row(static_cast<const Storage*>(a.h0) + n * p.H, p.H, state[0] + n * stride);
+    });
+    for (int64_t begin = 0; begin < p.T; begin += chunk) {
+      const Range steps{begin, least(begin + chunk, p.T)};
+      walk(team, p.N, blocks, size(steps), p.reset_after ? 1 : 2,
+           [&](int phase, int64_t worker, Range rows, Range units, int64_t i) {
+             T* const mine = sums + worker * sums_size;
+             if (phase == 0 && i == 0) project(rows, units, steps, mine, x + worker * chunk * own_rows * p.C);
+             step(phase, rows, units, begin + i, mine + i * size(rows) * size(units) * 3 * L);
+           });
+    }
+    each_worker(team, [&](int64_t worker) {
+      const Range rows = part_of(p.N, team.size, worker);
+      for (int64_t n = rows.begin; n < rows.end; n++)
+        narrow_row(state[p.T % 2] + n * stride, p.H, static_cast<Storage*>(a.h_n) + n * p.H);
+    });
+  }
+
+  void pack(int64_t j) const {
+    const int64_t live = least(L, p.H - j * L);
+    for (int64_t g = 0; g < 3; g++) {
+      const int64_t unit = g * p.H + j * L;
+      pack_panel(static_cast<const Storage*>(a.w_ih) + unit * p.C, p.C, live, w_ih + (3 * j + g) * p.C * L);
+      pack_panel(static_cast<const Storage*>(a.w_hh) + unit * p.H, p.H, live, recurrent(j, g));
+      const auto of = [&](const void* b) {
+        return b ? load_as<T>(static_cast<const Storage*>(b) + unit, live) : Vec<T>{};
+      };
+      const bool apart = g == 2 && p.reset_after;  // r multiplies this one
+      store(bias + (3 * j + g) * L, apart ? of(a.b_ih) : of(a.b_ih) + of(a.b_hh));
+      if (apart) store(bias_n + j * L, of(a.b_hh));
+    }
+  }
+
+  // panel[k][l] = w[l][k], k < K, of a matrix [units, K] of which `live` units exist here.
+  static void pack_panel(const Storage* w, int64_t K, int64_t live, T* panel) {
+    if (live < L) memset(panel, 0, K * L * sizeof(T));
+    copy_block(panel, {L, 1}, w, {1, K}, K, live);
+  }
+
+  // The panel of gate g. Panels that a product takes together lie together.
+  T* recurrent(int64_t j, int64_t g) const {
+    const int64_t panel = p.H * L;
+    if (p.reset_after) return w_hh + (3 * j + g) * panel;
+    return w_hh + (g < 2 ? 2 * j + g : 2 * blocks + j) * panel;
+  }
+
+  // sums[s][n][j][g] = W x + b, of the rows and blocks of one worker.
+  void project(Range rows, Range units, Range steps, T* sums, T* widened) const {
+    const int64_t R = size(rows), row_step = size(units) * 3 * L;
+    const auto offset = [&](int64_t q) {
+      return (sequence.time(steps.begin + q / R) * p.N + rows.begin + q % R) * p.C;
+    };
+    const Range all{0, R * size(steps)};
+    if constexpr (!SAME) {
+      for (int64_t q = 0; q < all.end; q++)
+        copy_row(widened + q * p.C, static_cast<const Storage*>(a.x) + offset(q), p.C);
+    }
+    for (int64_t j = units.begin; j < units.end; j++) {
+      Product<T> o{};
+      o.x = SAME ? static_cast<const T*>(a.x) : widened;
+      o.w = w_ih + 3 * j * p.C * L, o.w_step = p.C * L, o.segments = 1, o.length = p.C;
+      o.init = bias + 3 * j * L, o.to_step = row_step;
+      each_tile(all, [&](int64_t q, int64_t rows) {
+        for (int64_t i = 0; i < rows; i++) o.at[i] = SAME ? offset(q + i) : (q + i) * p.C;
+        o.to = sums + q * row_step + (j - units.begin) * 3 * L;
+        multiply(rows, 3, o);
+      });
+    }
+  }
+
+  // One step of some rows and blocks. With reset_after it is phase 0; otherwise phase 0 gives r * h and z, phase 1 h.
+  void step(int phase, Range rows, Range units, int64_t s, const T* sums) const {
+    const int64_t V = p.reset_after ? 3 : phase == 0 ? 2 : 1;  // gates that it multiplies
+    const int64_t row_step = size(units) * 3 * L;
+    const T* const before = phase == 0 ? state[s % 2] : reset;
+    each_group(are_few(size(rows)) ? 2 : 1, units, [&](int64_t j, int64_t B) {
+      alignas(64) T products[TILE_ROWS * MOST_VECTORS * L];
+      Product<T> o{};
+      o.x = before, o.segments = 1, o.length = p.H;
+      o.w = recurrent(j, phase == 0 ? 0 : 2), o.w_step = p.H * L;
+      o.init = ZEROS, o.to = products, o.to_step = B * V * L;
+      each_tile(rows, [&](int64_t n, int64_t P) {
+        for (int64_t i = 0; i < P; i++) o.at[i] = (n + i) * stride;
+        if (sequence.any_live(sequence.time(s), n, P)) multiply(P, B * V, o);
+        for (int64_t i = 0; i < P; i++) {
+          for (int64_t b = 0; b < B; b++) {
+            const T* const input = sums + (n + i - rows.begin) * row_step + (j + b - units.begin) * 3 * L;
+            const T* const product = products + (i * B + b) * V * L;
+            if (V == 2) reset_and_update(s, n + i, j + b, input, product);
+            if (V != 2) finish(s, n + i, j + b, input, product);
+          }
+        }
+      });
+    });
+  }
+
+  // r * h and z, for phase 1.
+  void reset_and_update(int64_t s, int64_t n, int64_t j, const T* input, const T* product) const {
+    const int64_t t = sequence.time(s), at = n * stride + j * L;
+    const Vec<T> r = sigmoid<T>(load(input) + load(product));
+    store(reset + at, r * load(state[s % 2] + at));
+    store(update + at, sigmoid<T>(load(input + L) + load(product + L)));
+    if (a.gates && sequence.live(t, n)) save(t, n, 0, j, r);
+  }
+
+  // The candidate n and h' = (1 - z) * n + z * h.
+  void finish(int64_t s, int64_t n, int64_t j, const T* input, const T* product) const {
+    const int64_t t = sequence.time(s), at = n * stride + j * L;
+    const Vec<T> h = load(state[s % 2] + at);
+    Storage* const to = static_cast<Storage*>(a.output) + (t * p.N + n) * p.H + j * L;
+    if (!sequence.live(t, n)) {
+      store(state[(s + 1) % 2] + at, h);
+      store_as<Storage, T>(to, Vec<T>{}, p.H - j * L);
+      return;
+    }
+    Vec<T> z, candidate;
+    if (p.reset_after) {
+      const Vec<T> r = sigmoid<T>(load(input) + load(product));
+      z = sigmoid<T>(load(input + L) + load(product + L));
+      const Vec<T> a_n = load(bias_n + j * L) + load(product + 2 * L);
+      candidate = tanh<T>(load(input + 2 * L) + r * a_n);
+      if (a.gates) save(t, n, 0, j, r), save(t, n, 3, j, a_n);
+    } else {
+      z = load(update + at);
+      candidate = tanh<T>(load(input + 2 * L) + load(product));
+    }
+    if (a.gates) save(t, n, 1, j, z), save(t, n, 2, j, candidate);
+    const Vec<T> next = (T(1) - z) * candidate + z * h;
+    store(state[(s + 1) % 2] + at, next);
+    store_as<Storage, T>(to, next, p.H - j * L);
+  }
+
+  FASTARCH_INLINE void save(int64_t t, int64_t n, int64_t g, int64_t j, Vec<T> value) const {
+    Storage* const gates = static_cast<Storage*>(a.gates) + ((t * p.N + n) * G + g) * p.H;
+    store_as<Storage, T>(gates + j * L, value, p.H - j * L);
+  }
+
+  static constexpr GruFwdKernel table = {memory_bytes, run};
+};
+
+}  // namespace
+
+FASTARCH_EXPORT(GruFwdKernels, gru_fwd) = {
+    {Forward<float>::table, Forward<double>::table, Forward<BFloat16>::table, Forward<Float16>::table}};
