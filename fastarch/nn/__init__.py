@@ -30,6 +30,8 @@ __all__ = [
     "fold_batch_norm",
 ]
 
+attention = torch_nn.attention  # what chooses SDPA's backends; importing our file of that name hid it
+
 
 def __getattr__(name: str):
     return getattr(torch_nn, name)
