@@ -1,5 +1,5 @@
-// sigmoid and tanh of vectors, within 2 units of the last place in float32 and float64 (tests/test_activation.py, over
-// the whole range); NaN stays NaN. Results below the smallest normal number may be off by as much as that.
+// sigmoid and tanh of vectors, within 2.6 units of the last place in float32 and float64 (tests/test_gru.py, over the
+// whole range); NaN stays NaN. Results below the smallest normal number may be off by as much as that.
 #pragma once
 
 #include "cpu/simd.h"

@@ -55,7 +55,7 @@ struct Backward {
       for (int64_t e = 0; e < of.queries * width; e += L) store(sums + e, Vec<T>{});
     }
     for (int64_t j = task.begin; j < task.end; j += KEY_TILE) {
-      const Reach tile{j, least(j + KEY_TILE, task.end)};
+      const Range tile{j, least(j + KEY_TILE, task.end)};
       const int64_t n = tile.end - j;
       const Storage* k = at(p.k, p.k_at, of.memory_b, task.h, of.k + j);
       const Storage* v = at(p.v, p.v_at, of.memory_b, task.h, of.k + j);
@@ -89,8 +89,8 @@ struct Backward {
 
   // Queries [i, i + n) of head h, keys of one tile.
   static void add_tile(const Attention& p, const AttentionGradients& g, const Sequence& of, const Memory& m,
-                       int64_t part, int64_t h, int64_t i, int64_t n, Reach tile) {
-    const Reach keys = reach_in_tile<T>(p, of, i, n, tile);
+                       int64_t part, int64_t h, int64_t i, int64_t n, Range tile) {
+    const Range keys = reach_in_tile<T>(p, of, i, n, tile);
     if (keys.begin >= keys.end) return;
     const int64_t before = keys.begin - tile.begin, count = keys.end - keys.begin, vectors = vectors_of<T>(count);
     const int64_t width = padded<T>(p.D), width_v = padded<T>(p.Dv);
@@ -122,7 +122,7 @@ struct Backward {
 
   // Of query i: scores become p z, dp becomes the gradient of scale q.k.
   static void differentiate(const Attention& p, const AttentionGradients& g, const Sequence& of, const Memory& m,
-                            int64_t h, int64_t i, Reach keys, int64_t vectors, T* s, T* dp) {
+                            int64_t h, int64_t i, Range keys, int64_t vectors, T* s, T* dp) {
     const int64_t row = (of.memory_b * p.H + h) * p.Lq + of.q + i, count = keys.end - keys.begin;
     if (modifies_scores(p))
       modify_scores<T, Storage>(p, of, h, i, keys.begin, vectors * L, s, p.softcap > 0 ? m.capped : nullptr);

@@ -46,7 +46,7 @@ struct Forward {
 
     const int64_t begin = reach_of(p, of, task.begin).begin, end = reach_of(p, of, task.end - 1).end;
     for (int64_t j = begin / KEY_TILE * KEY_TILE; j < end; j += KEY_TILE) {
-      const Reach tile{j, least(j + KEY_TILE, end)};
+      const Range tile{j, least(j + KEY_TILE, end)};
       pack_columns<T>(k_at + (of.k + j) * p.k_at.i, p.k_at.i, tile.end - j, p.D, T(p.scale * LOG2_E), m.keys);
       pack_rows<T>(v_at + (of.k + j) * p.v_at.i, p.v_at.i, tile.end - j, p.Dv, m.values, KEY_TILE);
       for (int64_t i = 0; i < n; i += QUERY_TILE) add_tile(p, of, task, m, q, i, least(QUERY_TILE, n - i), tile);
@@ -56,8 +56,8 @@ struct Forward {
 
   // Queries [i, i + n) of the task, keys of one tile.
   static void add_tile(const Attention& p, const Sequence& of, AttentionTask task, const Memory& m,
-                       const Rows<T, Storage>& q, int64_t i, int64_t n, Reach tile) {
-    const Reach keys = reach_in_tile<T>(p, of, task.begin + i, n, tile);
+                       const Rows<T, Storage>& q, int64_t i, int64_t n, Range tile) {
+    const Range keys = reach_in_tile<T>(p, of, task.begin + i, n, tile);
     if (keys.begin >= keys.end) return;
     const int64_t before = keys.begin - tile.begin, count = keys.end - keys.begin, vectors = vectors_of<T>(count);
     const int64_t width = padded<T>(p.Dv);

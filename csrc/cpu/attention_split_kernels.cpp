@@ -47,7 +47,7 @@ struct Split {
     const Storage* k = static_cast<const Storage*>(p.k) + task.b * p.k_at.b + task.h * p.k_at.h;
     const Storage* v = static_cast<const Storage*>(p.v) + task.b * p.v_at.b + task.h * p.v_at.h;
     for (int64_t j = task.begin; j < task.end; j += KEY_TILE) {
-      const Reach keys = reach_in_tile<T>(p, of, 0, p.Lq, {j, least(j + KEY_TILE, task.end)});
+      const Range keys = reach_in_tile<T>(p, of, 0, p.Lq, {j, least(j + KEY_TILE, task.end)});
       if (keys.begin >= keys.end) continue;
       const int64_t count = keys.end - keys.begin, vectors = vectors_of<T>(count);
       for (int64_t g = 0; g < vectors; g++) {

@@ -1,17 +1,16 @@
 // What both passes of attention are made of: panels, products of tiles, and what is done to rows of scores.
 #pragma once
 
+#include "cpu/activation.h"
 #include "cpu/attention.h"
 #include "cpu/exponential.h"
 #include "cpu/layout.h"
 #include "cpu/product.h"
+#include "cpu/range.h"
 
 namespace {
 
 constexpr int64_t QUERY_TILE = 48;  // its scores, KEY_TILE wide, take half of L1
-
-FASTARCH_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTARCH_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Cuts scratch memory into arrays; without memory it counts.
 template <class T>
@@ -181,19 +180,15 @@ FASTARCH_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// The keys [begin, end) that query i may attend to.
-struct Reach {
-  int64_t begin, end;
-};
-
-FASTARCH_INLINE Reach reach_of(const Attention& p, const Sequence& s, int64_t i) {
+// The keys that query i may attend to.
+FASTARCH_INLINE Range reach_of(const Attention& p, const Sequence& s, int64_t i) {
   const int64_t d = i + s.shift;
   return {p.left >= 0 ? most(0, d - p.left) : 0, p.right >= 0 ? least(s.keys, d + p.right + 1) : s.keys};
 }
 
 // Which keys of a tile, from a multiple of PANEL on, queries [i, i + n) see any of.
 template <class T>
-FASTARCH_INLINE Reach reach_in_tile(const Attention& p, const Sequence& s, int64_t i, int64_t n, Reach tile) {
+FASTARCH_INLINE Range reach_in_tile(const Attention& p, const Sequence& s, int64_t i, int64_t n, Range tile) {
   const int64_t begin = most(tile.begin, reach_of(p, s, i).begin);
   const int64_t end = least(tile.end, reach_of(p, s, i + n - 1).end);
   return {tile.begin + (begin - tile.begin) / PANEL<T> * PANEL<T>, end};
@@ -204,7 +199,7 @@ constexpr T INFINITE = T(__builtin_inf());
 
 // -inf where query i may not attend: s holds the scores of n keys (whole vectors) from `first` on.
 template <class T>
-FASTARCH_INLINE void keep_reach(Reach reach, int64_t first, int64_t n, T* s) {
+FASTARCH_INLINE void keep_reach(Range reach, int64_t first, int64_t n, T* s) {
   if (reach.begin <= first && reach.end >= first + n) return;
   for (int64_t j = 0; j < least(n, reach.begin - first); j++) s[j] = -INFINITE<T>;
   for (int64_t j = most(0, reach.end - first); j < n; j++) s[j] = -INFINITE<T>;

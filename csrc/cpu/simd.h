@@ -11,8 +11,8 @@
 #endif
 
 #define FASTARCH_INLINE inline __attribute__((always_inline))
-#define FASTARCH_INLINED \
-  __attribute__((always_inline))  // for lambdas: sizes they are given are constants where inlined
+// For lambdas: sizes that they are given are constants where they are inlined.
+#define FASTARCH_INLINED __attribute__((always_inline))
 
 namespace {
 

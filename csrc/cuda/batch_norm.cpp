@@ -14,6 +14,8 @@
 #include <optional>
 #include <tuple>
 
+#include "cuda/dtype.h"
+
 namespace fastarch {
 namespace {
 
@@ -21,19 +23,6 @@ using at::Tensor;
 
 constexpr int64_t kMaxChannels = 1 << 26;       // channel numbers inside the kernels are 32 bits wide
 constexpr int64_t kMaxRows = int64_t{1} << 36;  // so are numbers of tiles, of at least 64 rows; offsets are 64
-
-Dtype dtype_of(const char* name, const Tensor& input) {
-  switch (input.scalar_type()) {
-    case at::kFloat:
-      return Dtype::float32;
-    case at::kBFloat16:
-      return Dtype::bfloat16;
-    case at::kHalf:
-      return Dtype::float16;
-    default:
-      TORCH_CHECK_TYPE(false, name, ": want float32, bfloat16 or float16, got ", input.scalar_type());
-  }
-}
 
 // The values with channels innermost, without gaps: no copy if they lie so already.
 Tensor rows_of(const Tensor& t) { return t.movedim(1, -1).contiguous(); }

@@ -23,6 +23,8 @@
 #include <optional>
 #include <tuple>
 
+#include "cuda/dtype.h"
+
 namespace fastarch {
 namespace {
 
@@ -31,19 +33,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMost = 1 << 24;  // sequences and units: numbers of them and of chunks are 32 bits wide
 constexpr int64_t kMostMeetings = int64_t{1} << 32;  // blocks times steps: so are the counters of the barrier
-
-Dtype dtype_of(const char* name, const Tensor& input) {
-  switch (input.scalar_type()) {
-    case at::kFloat:
-      return Dtype::float32;
-    case at::kBFloat16:
-      return Dtype::bfloat16;
-    case at::kHalf:
-      return Dtype::float16;
-    default:
-      TORCH_CHECK_TYPE(false, name, ": want float32, bfloat16 or float16, got ", input.scalar_type());
-  }
-}
 
 void check(const char* name, const char* what, const OptionalTensor& t, at::IntArrayRef sizes, const Tensor& input) {
   TORCH_CHECK_VALUE(!t || t->sizes() == sizes, name, ": want ", what, " ", sizes);
@@ -163,9 +152,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_persistent_bwd(
   const Memory memory(name, plan, in.h0, T);
   const auto [want_input, want_h0, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = wanted;
   const bool want_da = want_input || want_w_ih || want_w_hh || want_b_ih || want_b_hh;
-  const Tensor none = at::empty({0}, input.options());
-  const Tensor da = want_da ? at::empty({T, N, 4, H}, input.options()) : none;
-  const Tensor grad_h0 = want_h0 ? at::empty({N, H}, input.options()) : none;
+  const auto none = [&] { return at::empty({0}, input.options()); };
+  const Tensor da = want_da ? at::empty({T, N, 4, H}, input.options()) : none();
+  const Tensor grad_h0 = want_h0 ? at::empty({N, H}, input.options()) : none();
   const GruBwd args{in.walk,
                     data(dy),
                     data(dh_n),
@@ -175,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_persistent_bwd(
                     want_h0 ? grad_h0.mutable_data_ptr() : nullptr};
   C10_CUDA_CHECK(gru_bwd(args, plan, memory.pointers(), dtype, c10::cuda::getCurrentCUDAStream()));
 
-  Tensor grad_input = none, grad_w_ih = none, grad_w_hh = none, grad_b_ih = none, grad_b_hh = none;
+  Tensor grad_input = none(), grad_w_ih = none(), grad_w_hh = none(), grad_b_ih = none(), grad_b_hh = none();
   if (!want_da) return {grad_input, grad_h0, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh};
   const Tensor flat = da.view({T * N, 4 * H});  // dr, dz, dn, dn * r
   const Tensor at_input = flat.narrow(1, 0, 3 * H), of_rz = flat.narrow(1, 0, 2 * H);

@@ -265,7 +265,8 @@ def scaled_dot_product_attention(
     """o_i = sum_j softmax_j(s_ij) v_j, s_ij = cap(scale q_i.k_j) - slope |d_i - j| + mask_ij, cap(x) = c tanh(x / c).
 
     As torch.nn.functional.scaled_dot_product_attention, with a window, a soft cap, ALiBi and lse; all options combine,
-    in the backward too, and the matrix of scores is never written. d_i is i, or i + Lk - Lq with "lower_right".
+    in the backward too. The matrix of scores is not written, but for the gradient of a mask that is added. d_i is i, or
+    i + Lk - Lq with "lower_right".
 
     Args:
         query: [B, Hq, Lq, D] or [Hq, Lq, D], with any strides: tokens outside heads, slices of one projection.

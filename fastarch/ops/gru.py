@@ -316,7 +316,7 @@ def gru(
         TypeError: arguments that are not floating tensors, or differ in dtype or device; lengths of another dtype.
 
     Precision: float32 and float64 compute in their own precision; bfloat16 and float16 in float32, the state included,
-    and outputs are rounded as they are written. sigmoid and tanh are within 2 units of the last place of float32
+    and outputs are rounded as they are written. sigmoid and tanh are within 2.6 units of the last place
     (csrc/cpu/activation.h). Results are the same bits from run to run and for any number of threads.
 
     Saved for the backward: the tensors given, the output, and per step and unit r, z, n and, with reset_after,
