@@ -3,12 +3,19 @@
 from torch import nn as torch_nn
 
 from fastarch.nn.alignment import BahdanauAttention, DotAttention
-from fastarch.nn.attention import SinusoidalPositionalEncoding
+from fastarch.nn.attention import MultiheadAttention, SinusoidalPositionalEncoding
 from fastarch.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, fold_batch_norm
 from fastarch.nn.conv_bn_relu_pool import conv_bn_relu_pool
 from fastarch.nn.conv_relu_pool import ConvReLUPool1d, ConvReLUPool2d
 from fastarch.nn.gru import GRU, GRUCell
 from fastarch.nn.gru_weights import convert_gru_weights
+from fastarch.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 from fastarch.nn.truncated_bptt import bptt_chunks, detach_state
 
 __all__ = [
@@ -21,8 +28,14 @@ __all__ = [
     "ConvReLUPool2d",
     "DotAttention",
     "GRUCell",
+    "MultiheadAttention",
     "SinusoidalPositionalEncoding",
     "SyncBatchNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "bptt_chunks",
     "conv_bn_relu_pool",
     "convert_gru_weights",
