@@ -275,6 +275,13 @@ def test_results_with_and_without_weights_are_the_same():
     torch.testing.assert_close(weights.sum(-1), torch.ones(N, H, L).double())
 
 
+def test_weights_of_half_precision_are_computed_in_float32_and_rounded_once():
+    layer, x = twins(torch.bfloat16)[0], torch.randn(L, N, E).bfloat16()
+    q, k, _ = (layer.heads(t).float() for t in layer.project(x, x, x))
+    want = (q @ k.mT * (E // H) ** -0.5).softmax(-1).bfloat16()
+    assert torch.equal(layer(x, x, x, average_attn_weights=False)[1], want)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_results_are_contiguous(batch_first):
     layer, x = twins(batch_first=batch_first)[0], torch.randn(L, N, E)

@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from fastarch import ops
 
+NAME = "MultiheadAttention"
+
 
 class MultiheadAttention(nn.MultiheadAttention):
     """y = concat(y_1, ..., y_H) W_o' + b_o, y_h = softmax(q_h k_h' / sqrt(D)) v_h; q, k, v = x W' + b, each of H heads.
@@ -117,9 +119,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: floa
     nowhere = (scores == -torch.inf).all(-1, keepdim=True)
     weights = F.dropout(scores.masked_fill(nowhere, 0).softmax(-1).masked_fill(nowhere, 0), dropout_p)
     return (weights @ v.to(dtype)).to(q.dtype), weights.to(q.dtype)
-
-
-NAME = "MultiheadAttention"
 
 
 def shapes(*tensors: Tensor) -> str:

@@ -154,8 +154,6 @@ def is_causal_mask(mask: Tensor | None, x: Tensor, batch_first: bool) -> bool:
     if mask is None or torch.compiler.is_compiling():  # which cannot look at values
         return False
     length = x.shape[1] if batch_first and x.dim() == 3 else x.shape[0]
-    if mask.shape != (length, length):
-        return False
     later = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
     if mask.dtype == torch.bool:
         return torch.equal(mask, later)
