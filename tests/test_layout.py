@@ -16,12 +16,14 @@ ALLOWED = {
     "fastarch/ops": {"torch", "fastarch", "fastarch.ref", "fastarch.kernels", "fastarch.ops", *SHARED},
     "fastarch/nn": {"torch", "fastarch", "fastarch.nn", "fastarch.ops"},
     "fastarch/models": {"torch", "fastarch", "fastarch.nn", "fastarch.models"},
+    "fastarch/integrations": {"torch", "transformers", "fastarch", "fastarch.ops"},
 }
 # names that `from fastarch import ...` may bring in
 NAMES = {
     "fastarch/ops": {"autocast", "extension", "routing"},
     "fastarch/nn": {"ops"},
     "fastarch/models": {"nn"},
+    "fastarch/integrations": {"ops"},
 }
 
 
