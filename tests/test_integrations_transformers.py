@@ -1,6 +1,5 @@
 """attn_implementation="fastarch" in transformers' models: outputs, gradients and tokens of "eager", in float64."""
 
-import copy
 import inspect
 import subprocess
 import sys
@@ -78,7 +77,7 @@ CASES = {
     "whisper": Case(
         "WhisperForConditionalGeneration", "WhisperConfig", WHISPER | START | {"vocab_size": VOCABULARY}, None
     ),
-    "layoutlm": Case("LayoutLMModel", "LayoutLMConfig", BERT, None),
+    "splinter": Case("SplinterModel", "SplinterConfig", BERT, None),
     "bloom": Case(
         "BloomForCausalLM",
         "BloomConfig",
@@ -126,12 +125,15 @@ def case(request) -> Case:
 @torch.no_grad()
 def build(case: Case, **options) -> tuple[nn.Module, nn.Module]:
     """Ours and eager's, of the same weights, of which none is 0 or 1."""
-    config = getattr(transformers, case.config)(**case.options, **options, attn_implementation="eager")
-    eager = getattr(transformers, case.model)(config).double().eval()
+
+    def model(attn_implementation: str) -> nn.Module:
+        config = getattr(transformers, case.config)(**case.options, **options, attn_implementation=attn_implementation)
+        return getattr(transformers, case.model)(config).double().eval()
+
+    ours, eager = model("fastarch"), model("eager")
     for parameter in eager.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    ours = copy.deepcopy(eager)
-    ours.set_attn_implementation("fastarch")
+    ours.load_state_dict(eager.state_dict())
     return ours, eager
 
 
@@ -282,11 +284,24 @@ def test_a_mask_of_the_users_is_taken_as_it_is():
         torch.testing.assert_close(ours(tokens, attention_mask=mask).logits, want, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_drops_weights():
-    q, k = torch.randn(2, N, 6, L, 4)
-    output, _ = attention(nn.Module(), q, k, torch.ones(N, 6, L, 1), None, dropout=0.25)
-    assert output.std() > 0.1
-    assert output.mean().item() == pytest.approx(1, abs=0.15)
+@pytest.mark.parametrize("queries", [1, L])
+def test_dropout_drops_weights(queries):
+    q, k = torch.randn(N, 6, queries, 4), torch.randn(N, 6, 64, 4)
+    output, _ = attention(nn.Module(), q, k, torch.ones(N, 6, 64, 1), None, dropout=0.25)
+    assert output.std() > 0.03
+    assert output.mean().item() == pytest.approx(1, abs=0.1)
+
+
+def test_an_existing_model_is_told():
+    ours, eager = build(CASES["llama"])
+    inputs, want = inputs_of(CASES["llama"]), []
+    for name in ("fastarch", "eager"):
+        eager.set_attn_implementation(name)
+        with routing.recording() as calls:
+            want.append(eager(**inputs).logits)
+        assert bool(calls) == (name == "fastarch")
+    torch.testing.assert_close(*want)
+    assert torch.equal(ours(**inputs).logits, want[0])
 
 
 @pytest.mark.parametrize("name", ["llama, padded", "mistral, window", "bert, padded", "gpt_oss, sinks", "bloom"])
@@ -314,13 +329,20 @@ def test_attention_weights_are_refused(name):
         ours(**inputs_of(CASES[name]), output_attentions=True)
 
 
-def test_what_it_cannot_serve_is_refused():
-    q = torch.randn(N, 6, L, 4)
-    with pytest.raises(ValueError, match=r"^fastarch: want attention sinks of each head, .* \[3, 6, 9, 1\]"):
-        attention(nn.Module(), q, q, q, None, sinks=q[..., :1])
-    ends = torch.tensor([0, 4, L], dtype=torch.int32)
+def test_packed_sequences_without_a_mask_are_refused():
+    q, ends = torch.randn(1, 6, L, 4), torch.tensor([0, 4, L], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"^fastarch: want packed sequences as position_ids"):
-        attention(nn.Module(), q[:1], q[:1], q[:1], None, cu_seq_lens_q=ends)
+        attention(nn.Module(), q, q, q, None, cu_seq_lens_q=ends)
+    attention(nn.Module(), q, q, q, None, cu_seq_lens_q=ends[1:])  # one sequence is as good as not packed
+
+
+def test_sinks_may_be_of_each_token():
+    """As inkling2 has them; softmax with one more score, whose value is 0."""
+    q, k, v = torch.randn(3, N, 6, L, 4, dtype=torch.float64)
+    sinks = torch.randn(N, 6, L, 1, dtype=torch.float64)
+    got, _ = attention(nn.Module(), q, k, v, None, sinks=sinks)
+    scores = torch.cat([q @ k.mT / 2, sinks], -1)
+    torch.testing.assert_close(got, (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2))
 
 
 def test_continuous_batching_is_refused():

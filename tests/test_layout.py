@@ -38,7 +38,7 @@ def imports(file: Path):
 
 
 def is_allowed(module: str, allowed: set[str]) -> bool:
-    if not module.startswith(("fastarch", "torch", "triton")):
+    if not module.startswith(("fastarch", "torch", "triton", "transformers")):
         return True
     return any(module == name or (module.startswith(name + ".") and name != "fastarch") for name in allowed)
 

@@ -40,6 +40,11 @@ FULL = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)  # too little for two
+
+
 @pytest.fixture(params=PARAMETERS)
 def name(request) -> str:
     return request.param

@@ -59,6 +59,7 @@ def attention(
     softcap: float | None = None,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, None]:
     """query [B, Hq, Lq, D], key and value [B, Hkv, Lk, ...], as they come from the cache, to [B, Lq, Hq, Dv].
@@ -69,11 +70,13 @@ def attention(
         is_causal: for attention_mask None; of the module, if None. The keys of several queries then begin where these
             do, and a static cache has more of them, which are empty; a single query is the newest token and sees all.
         position_bias: [1 or B, Hq, Lq, Lk], added to the scores, with a gradient.
-        s_aux: attention sinks [Hq], one more score that takes part in the softmax and has no value.
+        s_aux, sinks: attention sinks [Hq], or [B, Hq, Lq, 1]: one more score that takes part in the softmax and has no
+            value.
         options: what else transformers hands to all of its implementations.
 
     Raises:
-        ValueError: attention weights, sinks of each token, or packed sequences that no mask keeps apart are wanted.
+        ValueError: attention weights are wanted (gpt2 does not tell and returns none of them), or packed sequences that
+            no mask keeps apart.
     """
     refuse(attention_mask, **options)
     if is_causal is None:
@@ -91,8 +94,11 @@ def attention(
     else:
         call = (query, key, value, attention_mask, dropout, causal)
         output, lse = ops.scaled_dot_product_attention(*call, enable_gqa=True, **fused)
-    if s_aux is not None:  # exp(lse) / (exp(lse) + exp(s_aux)) of the softmax is not the sink's
-        output = output * (lse - s_aux.to(lse.dtype).unsqueeze(1)).sigmoid().unsqueeze(3).to(output.dtype)
+    if s_aux is not None:
+        sinks = s_aux.view(1, -1, 1, 1)
+    if sinks is not None:
+        rest = (lse.unsqueeze(3) - sinks).sigmoid()  # exp(lse) / (exp(lse) + exp(sinks)), the share of the keys
+        output = (output * rest).to(output.dtype)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -107,15 +113,10 @@ def biased(position_bias: Tensor, attention_mask: Tensor | None) -> Tensor:
 def refuse(
     attention_mask: Tensor | None,
     output_attentions: bool | None = None,
-    sinks: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     **_,
 ) -> None:
     if output_attentions:
         raise ValueError(f"{NAME}: want output_attentions=False, for the weights are never written, got True")
-    if sinks is not None:
-        raise ValueError(
-            f"{NAME}: want attention sinks of each head, s_aux [Hq], got sinks of each token, {[*sinks.shape]}"
-        )
     if attention_mask is None and cu_seq_lens_q is not None and cu_seq_lens_q.shape[0] > 2:
         raise ValueError(f"{NAME}: want packed sequences as position_ids that begin anew, got only their cu_seq_lens_q")
