@@ -33,18 +33,18 @@ WINDOW = {"sliding_window": 4}  # shorter than the sequence
 BERT = SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ENCODER = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
 GEMMA2 = {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0}
+BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 24, "n_layer": 2, "n_head": 6}
 GPT2 = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 24, "n_layer": 2, "n_head": 6}
 GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-T5 = {
+T5 = {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 6}
+T5 |= {"dropout_rate": 0.0}
+WHISPER = {
     "vocab_size": VOCABULARY,
     "d_model": 24,
-    "d_kv": 4,
-    "d_ff": 32,
-    "num_layers": 2,
-    "num_heads": 6,
-    "dropout_rate": 0.0,
+    "num_mel_bins": 5,
+    "max_source_positions": L,
+    "max_target_positions": 64,
 }
-WHISPER = {"d_model": 24, "num_mel_bins": 5, "max_source_positions": L, "max_target_positions": 64}
 WHISPER |= {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in {"layers": 2, "ffn_dim": 32}.items()}
 WHISPER |= {f"{part}_attention_heads": 6 for part in ("encoder", "decoder")}
 START = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "decoder_start_token_id": 1}
@@ -74,16 +74,9 @@ CASES = {
     "gpt_oss, sinks": Case("GptOssForCausalLM", "GptOssConfig", SIZES | WINDOW | EXPERTS | TURNS | PLAIN, "left"),
     "vit": Case("ViTModel", "ViTConfig", ENCODER | {"image_size": 12, "patch_size": 4}, None),
     "t5, position bias": Case("T5ForConditionalGeneration", "T5Config", T5 | START, "right"),
-    "whisper": Case(
-        "WhisperForConditionalGeneration", "WhisperConfig", WHISPER | START | {"vocab_size": VOCABULARY}, None
-    ),
+    "whisper": Case("WhisperForConditionalGeneration", "WhisperConfig", WHISPER | START, None),
     "splinter": Case("SplinterModel", "SplinterConfig", BERT, None),
-    "bloom": Case(
-        "BloomForCausalLM",
-        "BloomConfig",
-        {"vocab_size": VOCABULARY, "hidden_size": 24, "n_layer": 2, "n_head": 6},
-        "left",
-    ),
+    "bloom": Case("BloomForCausalLM", "BloomConfig", BLOOM, "left"),
 }
 UNSERVED = [CASES["bloom"]]  # which asks for nobody's attention
 # what a model returns its cache as, and takes it
@@ -294,14 +287,14 @@ def test_dropout_drops_weights(queries):
 
 def test_an_existing_model_is_told():
     ours, eager = build(CASES["llama"])
-    inputs, want = inputs_of(CASES["llama"]), []
+    inputs, logits = inputs_of(CASES["llama"]), []
     for name in ("fastarch", "eager"):
         eager.set_attn_implementation(name)
         with routing.recording() as calls:
-            want.append(eager(**inputs).logits)
+            logits.append(eager(**inputs).logits)
         assert bool(calls) == (name == "fastarch")
-    torch.testing.assert_close(*want)
-    assert torch.equal(ours(**inputs).logits, want[0])
+    torch.testing.assert_close(*logits)
+    assert torch.equal(ours(**inputs).logits, logits[0])
 
 
 @pytest.mark.parametrize("name", ["llama, padded", "mistral, window", "bert, padded", "gpt_oss, sinks", "bloom"])

@@ -144,7 +144,7 @@ class GPT2(nn.Module):
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         shape = (len(self.transformer.h), N, attention.heads, capacity, weight.shape[1] // attention.heads)
-        keys, values = (weight.new_empty(shape, dtype=dtype, requires_grad=False) for _ in range(2))
+        keys, values = (weight.new_empty(shape, dtype=dtype) for _ in range(2))
         return Cache(keys, values, torch.zeros(N, dtype=torch.int32, device=weight.device))
 
     @torch.no_grad()
