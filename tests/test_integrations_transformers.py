@@ -1,6 +1,5 @@
 """attn_implementation="fastarch" in transformers' models: outputs, gradients and tokens of "eager", in float64."""
 
-import inspect
 import subprocess
 import sys
 from typing import NamedTuple
@@ -79,8 +78,6 @@ CASES = {
     "bloom": Case("BloomForCausalLM", "BloomConfig", BLOOM, "left"),
 }
 UNSERVED = [CASES["bloom"]]  # which asks for nobody's attention
-# what a model returns its cache as, and takes it
-CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
 GENERATING = [
     "llama",
     "llama, padded",
@@ -248,8 +245,8 @@ def test_a_prompt_may_come_in_parts(name):
             if case.padding:
                 mask = inputs["attention_mask"][:, :end]
                 part |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(0)[:, start:]}
-            returned = model(**part, **{CACHE: cache}, use_cache=True)
-            cache = returned[CACHE]
+            returned = model(**part, cache=cache, use_cache=True)
+            cache = returned.cache
             outputs.append(returned.logits)
         keep = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         results.append({"logits": torch.cat(outputs, 1) * keep.unsqueeze(2)})
