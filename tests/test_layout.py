@@ -16,12 +16,14 @@ ALLOWED = {
     "fastarch/ops": {"torch", "fastarch", "fastarch.ref", "fastarch.kernels", "fastarch.ops", *SHARED},
     "fastarch/nn": {"torch", "fastarch", "fastarch.nn", "fastarch.ops"},
     "fastarch/models": {"torch", "fastarch", "fastarch.nn", "fastarch.models"},
+    "fastarch/integrations": {"torch", "transformers", "fastarch", "fastarch.ops"},
 }
 # names that `from fastarch import ...` may bring in
 NAMES = {
     "fastarch/ops": {"autocast", "extension", "routing"},
     "fastarch/nn": {"ops"},
     "fastarch/models": {"nn"},
+    "fastarch/integrations": {"ops"},
 }
 
 
@@ -36,7 +38,7 @@ def imports(file: Path):
 
 
 def is_allowed(module: str, allowed: set[str]) -> bool:
-    if not module.startswith(("fastarch", "torch", "triton")):
+    if not module.startswith(("fastarch", "torch", "triton", "transformers")):
         return True
     return any(module == name or (module.startswith(name + ".") and name != "fastarch") for name in allowed)
 

@@ -1,8 +1,10 @@
 """The model zoo: one architecture a file, built from the fused layers."""
 
 from fastarch.models.alexnet import alexnet
+from fastarch.models.bert import bert
 from fastarch.models.densenet import densenet121, densenet169, densenet201
 from fastarch.models.googlenet import googlenet
+from fastarch.models.gpt2 import gpt2
 from fastarch.models.lenet5 import lenet5
 from fastarch.models.notes_cnn import notes_cnn
 from fastarch.models.notes_fnn import notes_fnn
@@ -15,11 +17,13 @@ from fastarch.models.vgg import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_b
 
 __all__ = [
     "alexnet",
+    "bert",
     "densenet121",
     "densenet169",
     "densenet201",
     "elman",
     "googlenet",
+    "gpt2",
     "gru_classifier",
     "lenet5",
     "lstm_classifier",
