@@ -460,14 +460,14 @@ class SelfAttention(torch.nn.Module):
     [({}, "no_weights"), (ADDED | {"batch_first": True}, "weights_of_heads")],
     ids=str,
 )
-def test_compiles_to_one_graph_for_all_lengths(options, weights):
+def test_compiles_to_one_graph_for_all_sizes(options, weights):
     torch._dynamo.reset()
     layer = SelfAttention(twins(torch.float64, **options)[0])
     graph = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for length in (9, 6, 13):
-            sizes = (N, length) if layer.layer.batch_first else (length, N)
-            x, padding = torch.randn(*sizes, E).double(), torch.zeros(N, length).bool()
+        for batch, length in ((2, 9), (3, 6), (5, 13)):
+            sizes = (batch, length) if layer.layer.batch_first else (length, batch)
+            x, padding = torch.randn(*sizes, E).double(), torch.zeros(batch, length).bool()
             padding[1, 4:] = True
             mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=torch.float64)
             outcomes = []
@@ -478,14 +478,14 @@ def test_compiles_to_one_graph_for_all_lengths(options, weights):
                 torch.testing.assert_close(got, want)
 
 
-def test_exports_with_dynamic_lengths():
+def test_exports_with_dynamic_sizes():
     layer = SelfAttention(twins(batch_first=True)[0].eval())
-    sizes = {1: torch.export.Dim("l", min=2, max=100)}
+    sizes = {0: torch.export.Dim("n", min=2, max=100), 1: torch.export.Dim("l", min=2, max=100)}
     arguments, options = (torch.randn(N, L, E), torch.zeros(N, L).bool()), {"need_weights": False}
     shapes = {"x": sizes, "padding": sizes, "need_weights": None}
     program = torch.export.export(layer, arguments, options, dynamic_shapes=shapes, strict=False)
     assert extension.cpu is None or any("fastarch.attention_fwd" in str(node.target) for node in program.graph.nodes)
-    x, padding = torch.randn(N, 7, E), torch.zeros(N, 7).bool()
+    x, padding = torch.randn(N + 3, 7, E), torch.zeros(N + 3, 7).bool()
     padding[1, 4:] = True
     torch.testing.assert_close(program.module()(x, padding, **options)[0], layer(x, padding, **options)[0])
 

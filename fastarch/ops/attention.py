@@ -358,11 +358,11 @@ def broadcast(tensors: tuple[Tensor, ...], dims: tuple[int, ...]) -> list[Tensor
     """Expanded, without a copy, in the given dimensions."""
     sizes = {}
     for dim in dims:
-        of_dim = {t.shape[dim] for t in tensors}
-        if len(of_dim - {1}) > 1:
+        size = next((t.shape[dim] for t in tensors if t.shape[dim] != 1), 1)  # no set: a size may be symbolic
+        if any(t.shape[dim] not in (1, size) for t in tensors):
             what = "heads (or enable_gqa=True)" if dim == 1 else "batch sizes"
             raise error(SDPA, f"{what} that are the same or 1", shapes_of(*tensors))
-        sizes[dim] = next(iter(of_dim - {1}), 1)
+        sizes[dim] = size
     return [t.expand([sizes.get(dim, size) for dim, size in enumerate(t.shape)]) for t in tensors]
 
 
