@@ -12,6 +12,7 @@ from fastarch.models.senet import se_resnet50, se_resnet152, senet154
 from fastarch.models.seq2seq import seq2seq
 from fastarch.models.unet import unet
 from fastarch.models.vgg import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
+from fastarch.models.vit import vit_b_16
 
 __all__ = [
     "alexnet",
@@ -43,4 +44,5 @@ __all__ = [
     "vgg16_bn",
     "vgg19",
     "vgg19_bn",
+    "vit_b_16",
 ]

@@ -2,6 +2,7 @@
 
 from torch import nn as torch_nn
 
+from fastarch.nn import functional
 from fastarch.nn.alignment import BahdanauAttention, DotAttention
 from fastarch.nn.attention import SinusoidalPositionalEncoding
 from fastarch.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, fold_batch_norm
@@ -28,6 +29,7 @@ __all__ = [
     "convert_gru_weights",
     "detach_state",
     "fold_batch_norm",
+    "functional",
 ]
 
 attention = torch_nn.attention  # what chooses SDPA's backends; importing our file of that name hid it
