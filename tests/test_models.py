@@ -58,7 +58,7 @@ RECURRENT = [
     "gru_classifier",
     "lstm_classifier",
 ]  # read the rows of an image; more in test_models_recurrent.py
-TOKENS = ["seq2seq"]  # read something else, in files of their own: test_models_seq2seq.py
+TOKENS = ["seq2seq", "transformer"]  # read something else, in files of their own: test_models_seq2seq.py
 SMALL = ["lenet5", "notes_cnn", "notes_fnn"]
 # every kind of block at least once
 SHALLOW = {
