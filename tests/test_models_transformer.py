@@ -22,6 +22,12 @@ SIZES = {"d_model": 12, "num_heads": HEADS, "num_layers": LAYERS, "d_ff": 20, "m
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Networks are too small for two."""
+    threads(1)
+
+
 class TorchTransformer(nn.Module):
     """The same of torch's own layers."""
 
@@ -351,9 +357,8 @@ def test_arguments_are_checked():
             decode(source, 17)
 
 
-def test_learns_to_reverse(threads):
+def test_learns_to_reverse():
     """And to decode what it learned."""
-    threads(1)  # too little for two
     sizes = {"source_size": 6, "target_size": 6, "d_model": 32, "num_heads": 4, "num_layers": 1, "d_ff": 64}
     network = models.transformer(**sizes, dropout=0.0, max_len=8, begin=0, end=1, tied=True)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.005)

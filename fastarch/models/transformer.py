@@ -53,32 +53,24 @@ class DecoderLayer(nn.TransformerDecoderLayer):
 
     def cache(self, memory: Tensor, beams: int, capacity: int) -> LayerCache:
         """For `capacity` tokens in each of N * beams sequences, with the keys and values of memory [N, T, d_model]."""
-        attention = self.multihead_attn
-        d_model = memory.shape[-1]
-        projected = F.linear(memory, attention.in_proj_weight[d_model:], attention.in_proj_bias[d_model:])
-        memory_keys, memory_values = (heads(t, attention.num_heads) for t in projected.chunk(2, -1))
+        memory_keys, memory_values = project(self.multihead_attn, memory, 1, 3)
         N, H, _, D = memory_keys.shape
-        keys, values = (projected.new_empty(N * beams, H, capacity, D) for _ in range(2))
+        keys, values = (memory_keys.new_empty(N * beams, H, capacity, D) for _ in range(2))
         return LayerCache(keys, values, memory_keys, memory_values)
 
     def step(self, x: Tensor, cache: LayerCache, mask: Tensor | None, length: int) -> Tensor:
         """The newest token of each beam, x [N, beams, d_model], through the layer in evaluation, and into its cache."""
-        N, beams, d_model = x.shape
-        attention = self.self_attn
-        projected = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).view(N * beams, 1, 3 * d_model)
-        q, k, v = (heads(t, attention.num_heads) for t in projected.chunk(3, -1))
+        q, k, v = project(self.self_attn, x.reshape(-1, 1, x.shape[2]), 0, 3)
         keys, values = (t[:, :, : length + 1] for t in (cache.keys, cache.values))
         keys[:, :, length:] = k
         values[:, :, length:] = v
-        x = self.norm1(x + attention.out_proj(F.attention_decode(q, keys, values).reshape(x.shape)))
+        y = F.attention_decode(q, keys, values)
+        x = self.norm1(x + self.self_attn.out_proj(y.reshape(x.shape)))
 
-        attention = self.multihead_attn
-        q = heads(
-            F.linear(x, attention.in_proj_weight[:d_model], attention.in_proj_bias[:d_model]), attention.num_heads
-        )
+        (q,) = project(self.multihead_attn, x, 0, 1)
         # the beams of a source look at one memory, as if they were its queries
         y = F.scaled_dot_product_attention(q, cache.memory_keys, cache.memory_values, mask)
-        x = self.norm2(x + attention.out_proj(y.transpose(1, 2).flatten(2)))
+        x = self.norm2(x + self.multihead_attn.out_proj(y.transpose(1, 2).flatten(2)))
         return self.norm3(x + self.linear2(self.linear1(x).relu()))
 
     def look(self, x: Tensor, memory: Tensor, causal: Tensor, padding: Tensor | None) -> Tensor:
@@ -88,9 +80,11 @@ class DecoderLayer(nn.TransformerDecoderLayer):
         return self.multihead_attn(x, memory, memory, **options)[1]
 
 
-def heads(x: Tensor, number: int) -> Tensor:
-    """[N, L, d_model] to [N, number, L, d_model / number]"""
-    return x.unflatten(-1, (number, -1)).transpose(1, 2)
+def project(attention: nn.Module, x: Tensor, first: int, last: int) -> list[Tensor]:
+    """x [N, L, d_model] to those of (queries, keys, values)[first:last], each [N, heads, L, d_model / heads]."""
+    rows = slice(first * x.shape[2], last * x.shape[2])
+    projected = F.linear(x, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
+    return [t.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for t in projected.chunk(last - first, 2)]
 
 
 class Transformer(nn.Module):
@@ -186,7 +180,7 @@ class Transformer(nn.Module):
         """The newest tokens [N * beams, 1] to logits [N * beams, 1, target_size], and the cache that holds them."""
         layers, mask, beams, length = cache
         x = self.position(self.scale * self.target(tokens), start=length)
-        x = x.view(-1, beams, x.shape[-1])
+        x = x.view(-1, beams, x.shape[2])
         for layer, kept in zip(self.decoder.layers, layers):
             x = layer.step(x, kept, mask, length)
         return self.fc(x).flatten(0, 1).unsqueeze(1), cache._replace(length=length + 1)
