@@ -61,6 +61,7 @@ def test_starts_as_published():
     for block in network.encoder.layers:
         for linear in (block.mlp[0], block.mlp[3]):
             assert linear.weight.std().item() == pytest.approx((2 / (768 + 3072)) ** 0.5, rel=0.01)
+            assert linear.weight.abs().max() <= (6 / (768 + 3072)) ** 0.5  # uniform
             assert 0 < linear.bias.abs().max() < 1e-5
 
 
@@ -81,11 +82,19 @@ def test_patches_know_where_they_are():
     torch.testing.assert_close(network(images), network(moved))
 
 
-def test_dropout_is_for_training():
-    network, images = build(dropout=0.5, attention_dropout=0.5), torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize("kind", ["dropout", "attention_dropout"])
+def test_dropout_is_for_training(kind):
+    network, images = build(**{kind: 0.5}), torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(network(images), twin(network, torch.float32)(images))
     network.train()
     assert not torch.equal(network(images), network(images))
+
+
+def test_dropout_is_of_embeddings_and_of_what_blocks_add():
+    """Where all of these are dropped, zeros are left."""
+    network = build(dropout=1.0).train()
+    want = network.heads(network.encoder.ln.bias).expand(2, -1)
+    torch.testing.assert_close(network(torch.randn(2, 3, 32, 32)), want)
 
 
 def test_loads_the_keys_of_published_files():
