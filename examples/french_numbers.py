@@ -1,9 +1,9 @@
 """A Transformer translates: numbers in French words become numbers in English words.
 
 "quatre-vingt-dix-sept" becomes "ninety-seven": four times twenty, ten and seven, which English counts in tens. Nobody
-tells the network that: it reads 20,000 of the numbers below a million in both languages, word by word, and is tested on
-others. The plot shows where the last layer of its decoder looks, in the mean of its heads: rows are what it wrote,
-columns what it read.
+tells the network that. Of the numbers below a million it reads two in a hundred, word by word in both languages, and is
+tested on others. The plot shows where the last layer of its decoder looks, in the mean of its heads: rows are what it
+wrote, columns what it read.
 
     python examples/french_numbers.py    # writes out/french_numbers.png
 """
