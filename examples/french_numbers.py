@@ -168,7 +168,7 @@ def main(
     for read, written, right in correct[:5] + wrong[:5]:
         table.add_row(read, written if written == right else f"[red]{written}", right)
     console.print(table)
-    console.print(f"{len(correct) / count:.1%} of {count} held-out numbers are translated exactly")
+    console.print(f"{len(correct) / count:.2%} of {count} held-out numbers are translated exactly")
     show(network, losses, output)
     console.print(f"Plot: {output}")
 
