@@ -133,7 +133,15 @@ modules, commands = extensions()
 setup(
     ext_modules=modules,
     cmdclass=commands,
-    packages=["fastarch", "fastarch.integrations", "fastarch.kernels", "fastarch.models", "fastarch.nn", "fastarch.ops", "fastarch.ref"],
+    packages=[
+        "fastarch",
+        "fastarch.integrations",
+        "fastarch.kernels",
+        "fastarch.models",
+        "fastarch.nn",
+        "fastarch.ops",
+        "fastarch.ref",
+    ],
     package_dir={"fastarch": "fastarch", "fastarch.kernels": "kernels"},
     # pip without torch in its environment installs one anyway, so build against that one
     setup_requires=[] if torch else ["torch>=2.11,<2.15"],

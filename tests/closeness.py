@@ -36,3 +36,17 @@ def assert_close(name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
     assert error <= allowed, (
         f"{name}: error {error:.3g}, allowed {allowed:.3g} = {times} * {own:.3g} + {units} * {unit:.3g}"
     )
+
+
+def assert_all_close(got: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """The rule for all gradients of a deep network at once, each divided by its norm.
+
+    For one of them alone it does not hold: the rounding of many layers adds up in it by chance, in eager's as in ours.
+    """
+    assert got.keys() == eager.keys() == truth.keys()
+    assert [t.dtype for t in got.values()] == [t.dtype for t in eager.values()]
+    norms = {name: t.norm() for name, t in truth.items()}
+    joined = (
+        torch.cat([(t.double() / norms[name]).flatten() for name, t in each.items()]) for each in (got, eager, truth)
+    )
+    assert_close("all of them", *joined)

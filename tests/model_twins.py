@@ -293,6 +293,39 @@ class TorchSequenceClassifier(nn.Module):
         return self.fc(self.rnn(x)[0][:, -1])
 
 
+class ViTBlock(nn.Module):
+    def __init__(self, heads: int, width: int, mlp: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, eps=1e-6)
+        self.self_attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.ln_2 = nn.LayerNorm(width, eps=1e-6)
+        layers = [nn.Linear(width, mlp), nn.GELU(), nn.Dropout(0.0), nn.Linear(mlp, width)]
+        self.mlp = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.self_attention(y, y, y)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class TorchvisionViT(nn.Module):
+    def __init__(self, image: int, patch: int, layers: int, heads: int, width: int, mlp: int):
+        super().__init__()
+        self.class_token = nn.Parameter(torch.empty(1, 1, width))
+        self.conv_proj = nn.Conv2d(3, width, patch, patch)
+        self.encoder = nn.Module()
+        self.encoder.pos_embedding = nn.Parameter(torch.empty(1, 1 + (image // patch) ** 2, width))
+        blocks = [ViTBlock(heads, width, mlp) for _ in range(layers)]
+        self.encoder.layers = named(" ".join(f"encoder_layer_{i}" for i in range(layers)), blocks)
+        self.encoder.ln = nn.LayerNorm(width, eps=1e-6)
+        self.heads = named("head", [nn.Linear(width, 1000)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_proj(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1) + self.encoder.pos_embedding
+        return self.heads(self.encoder.ln(self.encoder.layers(x))[:, 0])
+
+
 TWINS = {
     "alexnet": torchvision_alexnet,
     "densenet121": partial(torchvision_densenet, [6, 12, 24, 16]),
@@ -314,6 +347,7 @@ TWINS = {
     "se_resnet152": partial(timm_se_resnet, [3, 8, 36, 3]),
     "senet154": timm_senet154,
     "unet": TorchUNet,
+    "vit_b_16": partial(TorchvisionViT, 224, 16, 12, 12, 768, 3072),
     **{name: torchvision_vgg(letters) for name, letters in VGG.items()},
     **{f"{name}_bn": torchvision_vgg(letters, batch_norm=True) for name, letters in VGG.items()},
 }

@@ -11,6 +11,7 @@ import torch
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 pytest.importorskip("matplotlib")
+pytest.importorskip("num2words")
 pytest.importorskip("sklearn")
 pytest.importorskip("statsmodels")
 
@@ -87,6 +88,37 @@ def test_dates_are_written_in_many_ways_and_held_out():
         assert "".join(example.READ[i] for i in source[:length]) == text
         assert target[0] == example.BEGIN
         assert example.decode(target[1:]) == date.isoformat()
+
+
+def test_numbers_are_read_and_written_in_words_and_held_out():
+    example = load("french_numbers")
+    known, held_out = example.split(1000)
+    assert not {*known} & {*held_out}
+    assert len({*known}) == len(known) == example.KNOWN + 100
+    assert len({*held_out}) == len(held_out) == 1000
+    assert {len(str(n)) for n in held_out} == {3, 4, 5, 6}
+    assert {*range(100)} < {*known}
+    numbers = [0, 71, 97, *held_out, 777_777, 999_999]
+    batch = example.encode(numbers)
+    assert batch.target.shape[1] == 1 + example.LENGTH
+    for number, source, length, target in zip(numbers, *batch):
+        french = example.text([example.READ[i] for i in source[:length]])
+        assert french == example.num2words(number, lang="fr")
+        assert target[0] == example.BEGIN
+        assert example.text(example.decode(target[1:])) == example.num2words(number, lang="en")
+    assert french == "neuf cent quatre-vingt-dix-neuf mille neuf cent quatre-vingt-dix-neuf"
+
+
+def test_a_transformer_learns_numbers(threads):
+    """The first twenty by heart."""
+    threads(1)  # too little for two
+    example = load("french_numbers")
+    torch.manual_seed(0)
+    network = example.build()
+    losses = [*example.train(network, [*range(20)], 60)]
+    assert losses[-1] < 0.1 * losses[0]
+    results = example.test(network.eval(), [*range(20)])
+    assert sum(written == right for _, written, right in results) >= 18
 
 
 def test_linear_models_forecast_sunspots():

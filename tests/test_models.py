@@ -19,7 +19,8 @@ from fastarch.models.googlenet import BasicConv2d, Inception
 from fastarch.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastarch.models.senet import SENet
 from fastarch.models.vgg import VGG
-from fastarch.nn import GRU, BatchNorm2d, ConvReLUPool2d, conv_bn_relu_pool
+from fastarch.models.vit import VisionTransformer
+from fastarch.nn import GRU, BatchNorm2d, ConvReLUPool2d, MultiheadAttention, conv_bn_relu_pool
 
 PARAMETERS = {
     "alexnet": 61_100_840,
@@ -50,17 +51,15 @@ PARAMETERS = {
     "vgg16_bn": 138_365_992,
     "vgg19": 143_667_240,
     "vgg19_bn": 143_678_248,
+    "vit_b_16": 86_567_656,
 }
 RECURRENT = [
     "elman",
     "gru_classifier",
     "lstm_classifier",
 ]  # read the rows of an image; more in test_models_recurrent.py
-TOKENS = [
-    "bert",
-    "gpt2",
-    "seq2seq",
-]  # read something else, in files of their own: test_models_transformers.py, test_models_seq2seq.py
+# read something else, in files of their own: test_models_gpt2_bert.py, _transformer.py, _seq2seq.py
+TOKENS = ["bert", "gpt2", "seq2seq", "transformer"]
 SMALL = ["lenet5", "notes_cnn", "notes_fnn"]
 # every kind of block at least once
 SHALLOW = {
@@ -78,6 +77,7 @@ SHAPES = {
     "notes_cnn": (2, 1, 28, 28),
     "notes_fnn": (2, 1, 28, 28),
     "unet": (1, 1, 32, 32),
+    "vit_b_16": (1, 3, 224, 224),
     **{name: (2, 28, 28) for name in RECURRENT},
 }
 DEFAULT = (1, 3, 64, 64)  # shape of the other networks' images
@@ -103,6 +103,12 @@ PUBLISHED = {
     "se_resnet50": (384, "layer0.bn1.weight layer2.0.downsample.0.weight layer4.2.se_module.fc2.weight"),
     "vgg11_bn": (62, "features.0.bias features.1.running_mean features.26.num_batches_tracked classifier.6.weight"),
     "vgg19_bn": (118, "features.49.weight features.50.running_var"),
+    "vit_b_16": (
+        152,
+        "class_token conv_proj.bias encoder.pos_embedding encoder.layers.encoder_layer_11.self_attention.in_proj_bias "
+        "encoder.layers.encoder_layer_0.self_attention.out_proj.bias encoder.layers.encoder_layer_0.mlp.3.weight "
+        "encoder.ln.weight heads.head.bias",
+    ),
 }
 
 
@@ -147,7 +153,9 @@ def truth(name, network, images) -> Tensor:
 
 @torch.no_grad()
 def settle(network: nn.Module, images: Tensor) -> None:
-    """Give batch norms weights and running statistics as after training: none of them is 0 or 1."""
+    """As after training: weights and running statistics of batch norms that are not 0 or 1, a head that is not 0."""
+    if isinstance(network, VisionTransformer):
+        nn.init.normal_(network.heads.head.weight, std=0.02)
     norms = [module for module in network.modules() if isinstance(module, BatchNorm2d)]
     for norm in norms:
         norm.weight.uniform_(0.2, 0.6)  # small, so that a deep network does not amplify its own rounding
@@ -259,7 +267,8 @@ def test_smallest_image(name, side):
 @pytest.mark.skipif(extension.cpu is None, reason="fastarch._C is not built")
 def test_kernels_serve_every_fused_layer(network, images):
     calls = fastarch.explain(network, images)
-    fused = [n for n, m in network.named_modules() if isinstance(m, ConvReLUPool2d | BatchNorm2d | GRU)]
+    kinds = (ConvReLUPool2d, BatchNorm2d, GRU, MultiheadAttention)
+    fused = [n for n, m in network.named_modules() if isinstance(m, kinds)]
     assert len(calls) == len([n for n in fused if not n.startswith("aux")])  # GoogLeNet's heads are for training
     assert all(call.kernel.startswith(f"cpu-{extension.isa} ") for call in calls), calls
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fastarch import nn, routing
+from fastarch import nn, ops, routing
 
 N, SIZES = 3, {1: (29,), 2: (17, 14)}
 
@@ -202,6 +202,13 @@ def test_every_other_name_is_torchs():
     names = {name for name in dir(torch.nn) if not name.startswith("_")} - {*nn.__all__}
     assert {"Linear", "Module", "init", "utils"} <= names <= {*dir(nn)}
     assert all(getattr(nn, name) is getattr(torch.nn, name) for name in names)
+
+
+def test_every_other_function_is_torchs():
+    names = {name for name in dir(torch.nn.functional) if not name.startswith("_")} - {*nn.functional.__all__}
+    assert {"linear", "relu", "softmax"} <= names <= {*dir(nn.functional)}
+    assert all(getattr(nn.functional, name) is getattr(torch.nn.functional, name) for name in names)
+    assert all(getattr(nn.functional, name) is getattr(ops, name) for name in nn.functional.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error():

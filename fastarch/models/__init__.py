@@ -12,8 +12,10 @@ from fastarch.models.recurrent import elman, gru_classifier, lstm_classifier
 from fastarch.models.resnet import resnet18, resnet34, resnet50, resnet101, resnet152
 from fastarch.models.senet import se_resnet50, se_resnet152, senet154
 from fastarch.models.seq2seq import seq2seq
+from fastarch.models.transformer import transformer
 from fastarch.models.unet import unet
 from fastarch.models.vgg import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
+from fastarch.models.vit import vit_b_16
 
 __all__ = [
     "alexnet",
@@ -38,6 +40,7 @@ __all__ = [
     "se_resnet152",
     "senet154",
     "seq2seq",
+    "transformer",
     "unet",
     "vgg11",
     "vgg11_bn",
@@ -47,4 +50,5 @@ __all__ = [
     "vgg16_bn",
     "vgg19",
     "vgg19_bn",
+    "vit_b_16",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastarch import nn
+from fastarch.models.beam_search import Beams, beam_search
 
 
 class Encoded(NamedTuple):
@@ -27,13 +28,6 @@ class Decoded(NamedTuple):
 
     tokens: Tensor
     weights: Tensor | None
-
-
-class Beams(NamedTuple):
-    """The likeliest, best first: tokens [N, beams, L] as in Decoded, scores [N, beams] their log-probabilities."""
-
-    tokens: Tensor
-    scores: Tensor
 
 
 class Seq2Seq(nn.Module):
@@ -118,30 +112,16 @@ class Seq2Seq(nn.Module):
     @torch.no_grad()
     def beam(self, source: Tensor, max_length: int, beams: int = 5, lengths: Tensor | None = None) -> Beams:
         """The `beams` likeliest continuations of the `beams` likeliest beginnings, step by step; ends as `greedy`."""
-        N, device = len(source), source.device
         memory, lengths, state = self.encode(source, lengths)
         lengths = None if lengths is None else lengths.repeat_interleave(beams)
         state = state.repeat_interleave(beams, 1)
         encoded = Encoded(memory.repeat_interleave(beams, 0), lengths, state)
-        tokens = source.new_full((N * beams, 1), self.begin)
-        scores = memory.new_full((N, beams), -torch.inf)
-        scores[:, 0] = 0  # all beams begin alike: one of them counts
-        ended = torch.zeros(N * beams, dtype=torch.bool, device=device)
-        first = beams * torch.arange(N, device=device).unsqueeze(1)  # beam of each source
-        for _ in range(max_length):
-            logits, state, _ = self.decode(tokens[:, -1:], state, encoded)
-            gains = logits[:, 0].log_softmax(-1)
-            gains[ended] = -torch.inf
-            gains[ended, self.end] = 0  # what has ended stays as it is
-            totals = scores.unsqueeze(2) + gains.unflatten(0, (N, beams))
-            scores, best = totals.flatten(1).topk(beams)
-            parents = (first + best // totals.shape[2]).flatten()
-            tokens = torch.cat([tokens[parents], (best % totals.shape[2]).view(-1, 1)], 1)
-            state = state[:, parents]
-            ended = tokens[:, -1] == self.end
-            if ended.all():
-                break
-        return Beams(tokens[:, 1:].unflatten(0, (N, beams)), scores)
+
+        def step(tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            return self.decode(tokens, state, encoded)[:2]
+
+        begin = source.new_full((len(source),), self.begin)
+        return beam_search(step, lambda state, parents: state[:, parents], state, begin, self.end, beams, max_length)
 
 
 def seq2seq(
