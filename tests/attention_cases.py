@@ -144,8 +144,8 @@ def ours(case: Case, drawn: dict) -> tuple[Tensor, Tensor]:
 
 def in_torch(case: Case, drawn: dict) -> tuple[Tensor, Tensor]:
     """The reference, with the seed that ours draws."""
-    seed = torch.randint(2**63 - 1, (1,)) if case.dropout else None
     q, k, v, mask, slopes = drawn.values()
+    seed = torch.randint(2**63 - 1, (1,), device=q.device) if case.dropout else None
     return reference(q, k, v, mask, slopes, None, None, None, seed, *case.inner_options)
 
 
@@ -157,11 +157,12 @@ def in_eager(case: Case, drawn: dict) -> tuple[Tensor, Tensor]:
     lse = in_torch(case, drawn)[1]
     if mask is None and slopes is None and not case.window and not case.lower_right:
         return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.Hkv is not None), lse
-    distance = torch.arange(case.Lk) - torch.arange(case.Lq)[:, None] - case.lower_right * (case.Lk - case.Lq)
+    i, j = (torch.arange(length, device=q.device) for length in (case.Lq, case.Lk))
+    distance = j - i[:, None] - case.lower_right * (case.Lk - case.Lq)
     left, right = case.inner_options[1:3]
     live = (left < 0) | (distance >= -left)
     live = live & ((right < 0) | (distance <= right))
-    bias = torch.zeros(case.B, case.H, case.Lq, case.Lk, dtype=q.dtype)
+    bias = q.new_zeros(case.B, case.H, case.Lq, case.Lk)
     if slopes is not None:
         bias = bias - slopes.view(-1, case.H, 1, 1) * distance.abs()
     if mask is not None:

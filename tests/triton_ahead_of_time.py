@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 import triton
+from fastarch.kernels import attention, gru
 from fastarch.kernels import batch_norm as norm
 from fastarch.kernels import conv_relu_pool as conv
-from fastarch.kernels import gru
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -236,6 +236,67 @@ CASES += [
 ]
 
 
+class Attention(NamedTuple):
+    dtype: torch.dtype = torch.bfloat16
+    d: int = 64
+    dv: int | None = None
+    options: str = ""  # some of: causal window lower_right softcap alibi dropout packed lengths bool float
+    algorithm: str = "flash"
+    tf32: bool = True
+
+    def launch(self):
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if self.tf32 else "ieee"
+        wanted = {*self.options.split()}
+        B, H, L = 1 if "packed" in wanted else 2, 4, 64
+        q, k = torch.zeros(B, H, L, self.d, dtype=self.dtype), torch.zeros(B, 2, L, self.d, dtype=self.dtype)
+        v = torch.zeros(B, 2, L, self.dv or self.d, dtype=self.dtype)
+        mask = None
+        if wanted & {"bool", "float"}:
+            mask = torch.zeros(1, 1, L, L, dtype=torch.bool if "bool" in wanted else self.dtype)
+        ends = torch.tensor([0, 30, L], dtype=torch.int32) if "packed" in wanted else None
+        lengths = torch.tensor([L, 3], dtype=torch.int32) if "lengths" in wanted else None
+        seed = torch.tensor([5]) if "dropout" in wanted else None
+        slopes = torch.zeros(H) if "alibi" in wanted else None
+        tensors = (q, k, v, mask, slopes, ends, ends, lengths, seed)
+        window = 7 if "window" in wanted else -1, 0 if wanted & {"causal", "window"} else -1
+        caps = 2.0 if "softcap" in wanted else 0.0, 0.1 if "dropout" in wanted else 0.0
+        numbers = (L, L, 0.1, *window, "lower_right" in wanted, *caps)
+        output, lse = torch.zeros(B, H, L, v.shape[3], dtype=self.dtype), torch.zeros(B, H, L)
+        attention.attention_fwd(*tensors, *numbers, self.algorithm, output, lse)
+        if self.algorithm == "flash":
+            grads = [torch.empty_like(t) for t in (q, k, v)]
+            grads.append(torch.empty_like(mask) if "float" in wanted else None)
+            attention.attention_bwd(output, lse, *tensors, output, lse, *numbers, *grads)
+
+    def may_spill(self, gpu):
+        """kernels/attention.py, TILES, says where."""
+        exact = self.dtype == torch.float32 and not self.tf32
+        return exact or (gpu == 80 and (self.d > 128 or not {*self.options.split()} <= {"causal", "window", "packed"}))
+
+
+EVERYTHING = "window lower_right softcap alibi dropout float"
+CASES += [
+    Attention(),
+    Attention(d=128, options="causal"),
+    Attention(options="float"),
+    Attention(d=128, options="packed causal lower_right"),
+    Attention(d=128, options="lengths alibi lower_right", algorithm="split"),
+    Attention(torch.float32),
+]
+ON_HOPPER = [
+    *(Attention(d=d, options=options) for d in (64, 128, 256) for options in (EVERYTHING, "bool lengths lower_right")),
+    Attention(d=256),
+    Attention(d=100, dv=40, options="dropout packed causal lower_right"),
+    *(Attention(d=d, options="lengths lower_right", algorithm="split") for d in (64, 256)),
+    *(Attention(torch.float32, d, options="causal") for d in (128, 256)),
+    Attention(torch.float32, options="float alibi softcap"),
+    Attention(torch.float32, tf32=False),
+    Attention(torch.float32, tf32=False, algorithm="split"),
+    Attention(torch.float16, options="causal"),
+]
+PAIRS = [*product(CASES, GPUS), *((case, 90) for case in ON_HOPPER)]
+
+
 class Recorder(dict):
     """A table of tiles that remembers which was taken last."""
 
@@ -247,10 +308,12 @@ class Recorder(dict):
 
 
 def main(shard, shards):
-    conv.TILES, norm.TILES, gru.TILES = Recorder(conv.TILES), Recorder(norm.TILES), Recorder(gru.TILES)
+    for kernels in (attention, conv, gru, norm):
+        kernels.TILES = Recorder(kernels.TILES)
     seen = set()
-    for case, gpu in [*product(CASES, GPUS)][shard::shards]:
+    for case, gpu in PAIRS[shard::shards]:
         label = dict(gpu=gpu, case=repr(case), half=case.dtype != torch.float32)
+        label["may_spill"] = isinstance(case, Attention) and case.may_spill(gpu)
         try:
             kernels = compile_only(case.launch, gpu)
         except Exception as error:

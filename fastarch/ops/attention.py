@@ -63,16 +63,39 @@ def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("fastarch::attention_fwd")
-def _(q, k, v, *args):
+def empty_results(q, k, v, *args):
     return empty_like_heads(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=softmax_dtype(q.dtype))
 
 
-@torch.library.register_fake("fastarch::attention_bwd")
-def _(grad_output, grad_lse, q, k, v, mask, *args):
+def empty_gradients(grad_output, grad_lse, q, k, v, mask, *args):
     *wanted, want_mask = args[-1]
     grads = (empty_like_heads(t, t.shape[3]) if want else t.new_empty(0) for t, want in zip((q, k, v), wanted))
     return *grads, mask.new_empty(mask.shape) if want_mask else q.new_empty(0)
+
+
+torch.library.register_fake("fastarch::attention_fwd", empty_results)
+torch.library.register_fake("fastarch::attention_bwd", empty_gradients)
+
+
+def triton_fwd(*args):
+    from fastarch.kernels.attention import attention_fwd  # here: a machine without Triton must import
+
+    output, lse = empty_results(*args)
+    attention_fwd(*args, output, lse)
+    return output, lse
+
+
+def triton_bwd(*args):
+    from fastarch.kernels.attention import attention_bwd
+
+    grads = empty_gradients(*args)
+    *given, _, output_mask = args
+    attention_bwd(*given, *(grad if want else None for grad, want in zip(grads, output_mask)))
+    return grads
+
+
+torch.library.impl("fastarch::attention_fwd", "CUDA", triton_fwd)
+torch.library.impl("fastarch::attention_bwd", "CUDA", triton_bwd)
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -205,12 +228,16 @@ def route(q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, dropout_
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return Route(REFERENCE, f"no CPU kernel for {dtype}")
         return Route("flash", "tiles of queries by tiles of keys, from the cache")
-    return Route(REFERENCE, f"no kernel for {device}")
+    if device == "cuda" and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return Route("flash", "tiles of queries by tiles of keys, on chip")
+    return Route(REFERENCE, f"no kernel for {dtype} on {device}")
 
 
 def backend(device: str, algorithm: str) -> str:
     """What people read in `fastarch.explain`."""
-    return REFERENCE if algorithm == REFERENCE else f"{device}-{extension.isa} {algorithm}"
+    if algorithm == REFERENCE:
+        return REFERENCE
+    return f"triton {algorithm}" if device == "cuda" else f"{device}-{extension.isa} {algorithm}"
 
 
 def attend(operation, q, k, v, mask, alibi_slopes, cu_seqlens, seqlens_k, lengths, options, split=False):
@@ -292,17 +319,18 @@ def scaled_dot_product_attention(
         ValueError: shapes that do not fit; `dropout_p`, `softcap`, `window` or `causal_alignment` out of range.
         TypeError: arguments that are not tensors, or differ in dtype or device.
 
-    Precision: float32 and float64 compute in their own precision, bfloat16 and float16 in float32. Results are the same
-    bits from run to run and, on CPUs, for any number of threads.
+    Precision: float32 and float64 compute in their own precision, bfloat16 and float16 in float32; on CUDA products of
+    float32 are of TF32 or, exact, sums of three such, as torch.backends.cuda.matmul is set. Results are the same bits
+    from run to run and, on CPUs, for any number of threads.
 
     Dropout: the weight of (b, h, i, j) is kept or dropped by word (j // 16) % 4 of Philox4x32-10 at the counter
     (j // 64 * 16 + j % 16, i, b * Hq + h, 0) under a key drawn from torch's generator: the same on every device.
 
     Saved for the backward: query, key, value, attn_mask, o and lse.
 
-    Kernels serve heads of up to 256 elements, in float32, float64, bfloat16 and float16, on CPUs (C++). Other devices,
-    longer heads, empty tensors, dropout_p = 1, gradients of alibi_slopes, torch.func transforms and derivatives of
-    second order run on the differentiable reference; `fastarch.explain` shows it.
+    Kernels serve heads of up to 256 elements, in float32, bfloat16 and float16 on CPUs (C++) and CUDA (Triton), in
+    float64 on CPUs. Other devices, longer heads, empty tensors, dropout_p = 1, gradients of alibi_slopes, torch.func
+    transforms and derivatives of second order run on the differentiable reference; `fastarch.explain` shows it.
 
     Sources: Vaswani et al. 2017, arXiv 1706.03762, equation 1; Dao 2023, arXiv 2307.08691, algorithms 1 and 2; Press et
     al. 2021, arXiv 2108.12409, for ALiBi; Gemma 2, arXiv 2408.00118, section 2, for the soft cap.

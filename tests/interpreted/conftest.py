@@ -19,12 +19,16 @@ if not isinstance(probe, InterpretedFunction):
 
 
 def dot(builder, a, b, acc, input_precision, max_num_imprecise_acc):
-    """The interpreter keeps bfloat16 as its bits, and its own dot multiplies those; here they are widened first."""
+    """The interpreter keeps bfloat16 as its bits, and its own dot multiplies those; here they are widened first.
+
+    Sums are of float64: in what order and how wide they are summed is the device's business, not the kernel's.
+    """
     a, b = (
         (t.data.astype(np.uint32) << 16).view(np.float32) if t.dtype.scalar.is_bf16() else t.data.astype(np.float32)
         for t in (a, b)
     )
-    return TensorHandle(np.matmul(a, b) + acc.data, acc.dtype.scalar)
+    product = np.matmul(a.astype(np.float64), b.astype(np.float64))
+    return TensorHandle((product + acc.data).astype(acc.data.dtype), acc.dtype.scalar)
 
 
 InterpreterBuilder.create_dot = dot
