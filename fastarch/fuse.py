@@ -1,0 +1,74 @@
+"""fastarch.fuse: the layers and chains of layers of a model that exists, on our kernels."""
+
+import copy
+from typing import NamedTuple
+
+from torch import nn
+
+from fastarch.fusion import swaps
+
+REPORT = "fastarch_fusions"  # the attribute of a fused model that `fusions` reads
+
+
+class Fusion(NamedTuple):
+    """A part of a model (`layer`, its path), what was looked at there, what it became, or why it was left."""
+
+    layer: str
+    what: str
+    became: str
+    left: str
+
+
+class Fusions(list[Fusion]):
+    """A list that prints as a table."""
+
+    def __rich__(self):
+        from rich.table import Table
+
+        table = Table("layer", "what", "became", "left, because")
+        for layer, what, became, left in self:
+            table.add_row(layer, what, became, f"[red]{left}")
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=160)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The model with layers of torch.nn replaced by ours; `fusions(model)` lists what was done and what was left."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: want a torch.nn.Module, got {type(model).__name__}")
+    if not inplace:
+        tensors = [*model.parameters(), *model.buffers()]
+        model = copy.deepcopy(model, {id(t): t for t in tensors})
+    unfuse(model)
+    report = Fusions()
+    found = list(swaps.candidates(model))
+    for path, module, reason in found:
+        name = type(module).__name__
+        if reason is None:
+            swaps.swap(module)
+        report.append(Fusion(path or "(model)", name, "" if reason else f"fastarch.nn.{name}", reason or ""))
+    model.__dict__[REPORT] = report
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undo `fuse`, in place: every module gets back the class that it had. Returns the model."""
+    for module in model.modules():
+        if swaps.MARK in module.__dict__:
+            swaps.restore(module)
+        module.__dict__.pop(REPORT, None)
+    return model
+
+
+def fusions(model: nn.Module) -> Fusions:
+    """What `fuse` found in a model and did with it. Print it for a table."""
+    if REPORT not in model.__dict__:
+        raise ValueError(f"fusions: want a model that fastarch.fuse returned, got {type(model).__name__}")
+    return model.__dict__[REPORT]

@@ -1,0 +1,263 @@
+"""fuse converts layers and chains of a torch model and changes nothing else; unfuse takes all of it back."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import fastarch
+from fastarch import nn as ours
+
+nn = torch.nn
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+class Classifier(nn.Module):
+    """A sequence read by a GRU, classified from its last state."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 6, num_layers=2, bidirectional=True, batch_first=True)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        _, h = self.gru(x)
+        return self.head(self.norm(h[-1]))
+
+
+class Pair(nn.Module):
+    """A Transformer as a model of one input."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.transformer = nn.Transformer(8, 2, 2, 2, 16, 0.0, batch_first=True, **options)
+
+    def forward(self, x):
+        return self.transformer(x, x.flip(1), tgt_mask=torch.full((x.shape[1],) * 2, -torch.inf).triu(1).to(x))
+
+
+LAYERS = {
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (5, 3)),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(3, momentum=None), (2, 3, 4, 5)),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(3, affine=False), (2, 3, 2, 3, 4)),
+    "SyncBatchNorm": (lambda: nn.BatchNorm2d(3, track_running_stats=False), (2, 3, 4, 5)),
+    "GRUCell": (lambda: nn.GRUCell(3, 4), (5, 3)),
+    "gru classifier": (Classifier, (4, 5, 3)),
+    "TransformerEncoderLayer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, F.gelu, batch_first=True), (2, 5, 8)),
+    "TransformerEncoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2),
+        (2, 5, 8),
+    ),
+    "Transformer": (Pair, (2, 5, 8)),
+}
+MODELS = LAYERS
+
+
+def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, the gradient of every parameter and of x, and buffers after the pass."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    leaves = {"x": x} | dict(model.named_parameters())
+    grads = torch.autograd.grad((y * weights).sum() + (y * y).mean(), list(leaves.values()), allow_unused=True)
+    named = {f"d{name}": g for name, g in zip(leaves, grads) if g is not None}
+    return {"y": y.detach()} | named | {name: b.clone() for name, b in model.named_buffers()}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def twins(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """A model in float64 with running statistics of its own, and a fused one that shares nothing with it."""
+    model = make().double()
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5) if name.endswith("var") else buffer.normal_()
+    return model, fastarch.fuse(copy.deepcopy(model), inplace=True)
+
+
+def compared(model: nn.Module, fused: nn.Module, shape: tuple[int, ...]) -> None:
+    """In training, which moves running statistics, then in evaluation."""
+    for training in (True, False):
+        x = double(*shape)
+        assert_same(results(fused.train(training), x), results(model.train(training), x))
+
+
+def became(model: nn.Module) -> dict[str, str]:
+    return {f.layer: f.became for f in fastarch.fusions(model) if f.became}
+
+
+def left(model: nn.Module) -> dict[str, str]:
+    return {f.layer: f.left for f in fastarch.fusions(model) if f.left}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_values_gradients_and_statistics_are_those_of_the_original(name):
+    make, shape = MODELS[name]
+    model, fused = twins(make)
+    assert became(fused)
+    compared(model, fused, shape)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unfuse_gives_back_what_there_was(name):
+    make, shape = MODELS[name]
+    model, fused = twins(make)
+    fused(double(*shape))
+    model.load_state_dict(fused.state_dict())
+    assert fastarch.unfuse(fused) is fused
+    for (path, module), twin in zip(fused.named_modules(), model.modules(), strict=True):
+        assert type(module) is type(twin), path
+        assert module.__dict__.keys() == twin.__dict__.keys(), path
+    for training in (True, False):
+        x = double(*shape)
+        got, want = (results(m.train(training), x) for m in (fused, model))
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_tensors_and_names_are_the_same(name, inplace):
+    model = MODELS[name][0]()
+    model.eval()
+    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    keys, paths = list(model.state_dict()), [path for path, _ in model.named_modules()]
+    classes = [type(m) for m in model.modules()]
+    fused = fastarch.fuse(model, inplace=inplace)
+    after = {**dict(fused.named_parameters()), **dict(fused.named_buffers())}
+    assert (fused is model) == inplace
+    assert after.keys() == before.keys()
+    assert all(after[k] is before[k] for k in before)
+    assert list(fused.state_dict()) == keys
+    assert [path for path, _ in fused.named_modules()] == paths
+    assert not any(m.training for m in fused.modules())
+    if not inplace:
+        assert [type(m) for m in model.modules()] == classes
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_are_fused_and_can_be_unfused(name, how):
+    make, shape = MODELS[name]
+    model, fused = twins(make)
+    fused.eval(), model.eval()
+    twin = copy.deepcopy(fused) if how == "deepcopy" else pickle.loads(pickle.dumps(fused))
+    x = double(*shape)
+    assert torch.equal(twin(x), fused(x))
+    assert [type(m).__mro__[1:] for m in twin.modules()] == [type(m).__mro__[1:] for m in fused.modules()]
+    with torch.no_grad():
+        next(fused.parameters(), torch.zeros(1)).add_(1)  # which the copy must not see
+    assert torch.equal(fastarch.unfuse(twin)(x), model(x))
+
+
+def test_sync_batch_norm_runs_on_cpus():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)))
+    fused = fastarch.fuse(model)
+    assert type(fused[0]) is ours.SyncBatchNorm
+    assert fused(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+    assert type(fastarch.unfuse(fused)[0]) is nn.SyncBatchNorm
+
+
+def test_training_gives_the_same_loss_curve():
+    model, fused = twins(Classifier)
+    x, labels = double(16, 5, 3), torch.randint(4, (16,))
+    assert losses(fused, x, labels) == pytest.approx(losses(model, x, labels), rel=1e-9)
+
+
+def losses(model: nn.Module, x: Tensor, labels: Tensor) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    curve = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    return curve
+
+
+class Shifted(nn.BatchNorm2d):
+    def forward(self, input):
+        return super().forward(input) + 1
+
+
+def replaced_forward() -> nn.Module:
+    norm = nn.BatchNorm2d(3)
+    norm.forward = lambda x: x
+    return norm
+
+
+LEFT = {
+    "a subclass": (lambda: Shifted(3), "Shifted is another class than BatchNorm2d"),
+    "a forward of its own": (replaced_forward, "its forward was replaced"),
+    "weight_norm": (lambda: nn.utils.weight_norm(nn.GRU(3, 4), "weight_ih_l0"), "its weight_ih_l0 is computed"),
+    "parametrized": (lambda: parametrizations.weight_norm(nn.GRUCell(3, 4), "weight_hh"), "ParametrizedGRUCell"),
+    "lazy": (nn.LazyBatchNorm2d, "LazyBatchNorm2d is another class"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_not_plain_is_left_with_the_reason(name):
+    make, reason = LEFT[name]
+    module = make()
+    layer = type(module)
+    fused = fastarch.fuse(nn.Sequential(module), inplace=True)
+    assert type(fused[0]) is layer
+    assert reason in left(fused)["0"]
+    assert reason.split()[0] in str(fastarch.fusions(fused))
+
+
+def test_what_torch_may_run_on_nested_tensors_is_left_as_a_whole():
+    class Encoder(nn.TransformerEncoder):
+        pass
+
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    model = Encoder(layer, 2).eval()
+    fused = fastarch.fuse(model)
+    x, padding = torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False] * 2 + [True] * 2])
+    with torch.no_grad():
+        assert torch.equal(fused(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding))
+    assert not became(fused)
+    assert "nested" in left(fused)["layers.1.self_attn"]
+
+
+def test_hooks_still_fire():
+    seen = []
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    fused = fastarch.fuse(model)
+    fused(torch.randn(4, 3))
+    assert len(seen) == 1
+
+
+def test_fused_twice_is_fused_once():
+    model, fused = twins(Classifier)
+    again = fastarch.fuse(fused)
+    assert became(again) == became(fused)
+    assert [type(m) for m in fastarch.unfuse(again).modules()] == [type(m) for m in model.modules()]
+
+
+def test_our_own_layers_stay_ours():
+    model = fastarch.unfuse(fastarch.fuse(nn.Sequential(ours.BatchNorm2d(3, activation="relu"))))
+    assert type(model[0]) is ours.BatchNorm2d
+    assert model[0].activation == "relu"
+
+
+def test_arguments_are_checked():
+    with pytest.raises(TypeError, match=r"fuse: want a torch.nn.Module, got function"):
+        fastarch.fuse(F.relu)
+    with pytest.raises(ValueError, match=r"fusions: want a model that fastarch.fuse returned, got Linear"):
+        fastarch.fusions(nn.Linear(1, 1))
