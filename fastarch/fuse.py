@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastarch.fusion import swaps
+from fastarch.fusion import chains, programs, swaps
+from fastarch.fusion.tracing import Refused
 
 REPORT = "fastarch_fusions"  # the attribute of a fused model that `fusions` reads
 
@@ -47,13 +48,27 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         tensors = [*model.parameters(), *model.buffers()]
         model = copy.deepcopy(model, {id(t): t for t in tensors})
     unfuse(model)
-    report = Fusions()
-    found = list(swaps.candidates(model))
-    for path, module, reason in found:
+    report, layers, forwards = Fusions(), list(swaps.candidates(model)), []
+    for path, module in model.named_modules():
+        path, name = path or "(model)", type(module).__name__
+        if chains.is_worth_tracing(module):
+            try:
+                made, found = programs.programs(module)
+            except Refused as refusal:
+                report.append(Fusion(path, f"forward of {name}", "", str(refusal)))
+                continue
+            if found:
+                forwards.append((module, made))
+                report.extend(Fusion(path, chain, "one call", "") for chain in found)
+        if chains.is_hooked(module):
+            report.append(Fusion(path, name, "", "it has a hook: no chain goes through it"))
+    for path, module, reason in layers:
         name = type(module).__name__
+        report.append(Fusion(path or "(model)", name, "" if reason else f"fastarch.nn.{name}", reason or ""))
         if reason is None:
             swaps.swap(module)
-        report.append(Fusion(path or "(model)", name, "" if reason else f"fastarch.nn.{name}", reason or ""))
+    for module, made in forwards:
+        programs.install(module, made)
     model.__dict__[REPORT] = report
     return model
 

@@ -1,0 +1,145 @@
+"""A module whose forward is a fused graph wherever that stands for its own."""
+
+import functools
+import pickle
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fastarch.fusion.chains import Graph
+from fastarch.fusion.swaps import ABSENT, become
+from fastarch.fusion.tracing import Refused, trace
+
+PROGRAMS = "fastarch_programs"  # the attribute of a fused module that holds one for each mode
+
+
+class Program:
+    """The source of a forward over tensors, and when it stands for the module's own."""
+
+    def __init__(
+        self,
+        source: str,
+        names: dict[str, object],
+        inputs: int,
+        constants: dict[str, object],
+        structure: dict[str, tuple[str, ...]],
+    ):
+        self.arguments = (source, names, inputs, constants, structure)
+        self.inputs, self.constants, self.structure = inputs, constants, structure
+        scope = {name: found(value) for name, value in names.items()}
+        exec(compile(source, "<fastarch.fuse>", "exec"), scope)
+        self.run: Callable[..., object] = scope["forward"]
+
+    def __reduce__(self):
+        return Program, self.arguments
+
+    def serves(self, module: nn.Module, args: tuple) -> bool:
+        """Whether the module is as it was when it was traced, and is called as it was."""
+        return (
+            len(args) == self.inputs
+            and all(isinstance(a, Tensor) for a in args)
+            and all(is_same(getattr(module, name, None), value) for name, value in self.constants.items())
+            and all(children(module, path) == names for path, names in self.structure.items())
+        )
+
+
+def is_same(value: object, other: object) -> bool:
+    return value is other or (type(value) is type(other) and value == other)
+
+
+def children(module: nn.Module, path: str) -> tuple[str, ...]:
+    for name in path.split(".") if path else ():
+        module = module._modules.get(name)
+        if module is None:
+            return ()
+    return tuple(module._modules)
+
+
+class Reference(NamedTuple):
+    """A module of Python, or what one of them holds under a name, where pickle has no name for it."""
+
+    module: str
+    name: str | None
+
+
+def reference(value: object) -> object:
+    """What stands for a value of a graph's code in a pickle."""
+    if isinstance(value, ModuleType):
+        return Reference(value.__name__, None)
+    name = getattr(value, "__name__", None)
+    if name and getattr(F, name, None) is value:
+        return Reference(F.__name__, name)
+    try:
+        pickle.dumps(value)
+    except Exception as error:  # whatever __reduce__ raises
+        raise Refused(f"it calls {name or value}, which cannot be pickled") from error
+    return value
+
+
+def found(value: object) -> object:
+    if not isinstance(value, Reference):
+        return value
+    module = functools.reduce(getattr, value.module.split(".")[1:], __import__(value.module))
+    return module if value.name is None else getattr(module, value.name)
+
+
+class Rewritten:
+    """Comes before a class of the user, whose forward it takes the place of."""
+
+    def forward(self, *args, **kwargs):
+        program = self.fastarch_programs[self.training]
+        if kwargs or not program.serves(self, args):
+            return super().forward(*args, **kwargs)
+        return program.run(self, *args)
+
+    def __reduce_ex__(self, protocol):
+        function, (layer, *args), *rest = super().__reduce_ex__(max(protocol, 2))
+        return rebuilt, (function, layer.__mro__[2], *args), *rest
+
+
+def rebuilt(function: Callable, layer: type[nn.Module], *args) -> nn.Module:
+    return function(rewritten_class(layer), *args)
+
+
+@functools.lru_cache(maxsize=None)
+def rewritten_class(layer: type[nn.Module]) -> type[nn.Module]:
+    """The class of fused modules of a class, by the same name."""
+    attributes = {name: getattr(layer, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(layer)(layer.__name__, (Rewritten, layer), attributes)
+
+
+def programs(module: nn.Module) -> tuple[dict[bool, Program], list[str]]:
+    """The module's forward with its chains fused, for training and for evaluation, and what they were.
+
+    Raises Refused where forward cannot be traced, or its class cannot have a successor.
+    """
+    layer, training = type(module), module.training
+    if layer.__reduce_ex__ is not object.__reduce_ex__ or layer.__reduce__ is not object.__reduce__:
+        raise Refused(f"{layer.__name__} has its own way to be pickled")
+    if any("__init_subclass__" in vars(c) for c in layer.__mro__[:-1]):
+        raise Refused(f"{layer.__name__} takes note of its subclasses")
+    made, found = {}, []
+    try:
+        for mode in (True, False):
+            module.training = mode
+            traced = trace(module)
+            found += [chain for chain in Graph(traced.graph, module).fuse() if chain not in found]
+            made[mode] = program(traced.graph, traced.constants, traced.structure)
+    finally:
+        module.training = training
+    return made, found
+
+
+def program(graph: fx.Graph, constants: dict[str, object], structure: dict[str, tuple[str, ...]]) -> Program:
+    graph.lint()
+    code = graph.python_code("self")
+    names = {name: reference(value) for name, value in code.globals.items()}
+    inputs = sum(node.op == "placeholder" for node in graph.nodes)
+    return Program(code.src, names, inputs, constants, structure)
+
+
+def install(module: nn.Module, made: dict[bool, Program]) -> None:
+    become(module, rewritten_class(type(module)), {PROGRAMS: ABSENT}, {PROGRAMS: made})
