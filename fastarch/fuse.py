@@ -69,7 +69,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             swaps.swap(module)
     for module, made in forwards:
         programs.install(module, made)
-    model.__dict__[REPORT] = report
+    order = {path or "(model)": place for place, (path, _) in enumerate(model.named_modules())}
+    model.__dict__[REPORT] = Fusions(sorted(report, key=lambda fusion: order[fusion.layer]))
     return model
 
 

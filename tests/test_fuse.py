@@ -16,6 +16,12 @@ from fastarch import nn as ours
 nn = torch.nn
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Layers are so small here that threads wait for each other most of the time."""
+    threads(1)
+
+
 def double(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
@@ -45,6 +51,85 @@ class Pair(nn.Module):
         return self.transformer(x, x.flip(1), tgt_mask=torch.full((x.shape[1],) * 2, -torch.inf).triu(1).to(x))
 
 
+class BasicBlock(nn.Module):
+    """As torchvision writes it."""
+
+    def __init__(self, channels: int, width: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = None
+        if stride != 1 or channels != width:
+            projection = nn.Conv2d(channels, width, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(width))
+
+    def forward(self, x):
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        out = self.relu(out)
+        return out
+
+
+class ResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(BasicBlock(4, 4), BasicBlock(4, 4))
+        self.layer2 = nn.Sequential(BasicBlock(4, 8, 2), BasicBlock(8, 8))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer2(self.layer1(x))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def vgg() -> nn.Module:
+    features = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(True), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(True)]
+    features += [nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(True), nn.AvgPool2d(2)]
+    head = [nn.Flatten(), nn.Linear(6 * 4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)]
+    return nn.Sequential(nn.Sequential(*features), nn.Sequential(*head))
+
+
+class Functional(nn.Module):
+    """Everything as function or method: two convolutions, a sum of two norms, attention with dropout in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+        self.dropout = 0.0
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv1(x)), (2, 2), stride=2)
+        x = F.avg_pool2d(self.norms[0](self.conv2(x)).relu_(), 2, ceil_mode=True)
+        x = F.relu(torch.add(self.norms[1](x), self.norms[2](x)))
+        q = x.flatten(2).mT.unsqueeze(1)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=dropout).flatten(1)
+
+
+def stem_of_another_shape() -> nn.Module:
+    """A strided, dilated convolution of groups, pools with padding, one module twice."""
+    relu = nn.ReLU()
+    convs = [nn.Conv2d(3, 6, 3, stride=2, groups=3, padding="valid"), nn.Conv2d(6, 6, 3, dilation=2, padding="same")]
+    return nn.Sequential(convs[0], relu, nn.AvgPool2d(3, 1, 1), convs[1], relu, nn.MaxPool2d(3, 2, 1), nn.Flatten())
+
+
 LAYERS = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (5, 3)),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(3, momentum=None), (2, 3, 4, 5)),
@@ -59,7 +144,13 @@ LAYERS = {
     ),
     "Transformer": (Pair, (2, 5, 8)),
 }
-MODELS = LAYERS
+CHAINS = {
+    "resnet": (ResNet, (2, 3, 33, 32)),
+    "vgg": (vgg, (3, 3, 8, 9)),
+    "functional": (Functional, (2, 3, 9, 8)),
+    "stem": (stem_of_another_shape, (2, 3, 12, 11)),
+}
+MODELS = LAYERS | CHAINS
 
 
 def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -95,8 +186,8 @@ def compared(model: nn.Module, fused: nn.Module, shape: tuple[int, ...]) -> None
         assert_same(results(fused.train(training), x), results(model.train(training), x))
 
 
-def became(model: nn.Module) -> dict[str, str]:
-    return {f.layer: f.became for f in fastarch.fusions(model) if f.became}
+def became(model: nn.Module) -> set[tuple[str, str]]:
+    return {(f.layer, f.what) for f in fastarch.fusions(model) if f.became}
 
 
 def left(model: nn.Module) -> dict[str, str]:
@@ -118,7 +209,8 @@ def test_unfuse_gives_back_what_there_was(name):
     fused(double(*shape))
     model.load_state_dict(fused.state_dict())
     assert fastarch.unfuse(fused) is fused
-    for (path, module), twin in zip(fused.named_modules(), model.modules(), strict=True):
+    assert len([*fused.modules()]) == len([*model.modules()])
+    for (path, module), twin in zip(fused.named_modules(), model.modules()):
         assert type(module) is type(twin), path
         assert module.__dict__.keys() == twin.__dict__.keys(), path
     for training in (True, False):
@@ -261,3 +353,107 @@ def test_arguments_are_checked():
         fastarch.fuse(F.relu)
     with pytest.raises(ValueError, match=r"fusions: want a model that fastarch.fuse returned, got Linear"):
         fastarch.fusions(nn.Linear(1, 1))
+
+
+CHAINS_FOUND = {
+    "resnet": {
+        ("(model)", "conv1 -> bn1 -> relu -> maxpool"),
+        ("layer1.0", "conv1 -> bn1 -> relu"),
+        ("layer2.0", "bn2 -> iadd -> relu"),
+    },
+    "vgg": {("0", "0 -> 1"), ("0", "2 -> 3 -> 4"), ("0", "5 -> 6 -> 7 -> 8"), ("1", "2 -> 3")},
+    "functional": {
+        ("(model)", "conv1 -> relu -> max_pool2d"),
+        ("(model)", "conv2 -> norms.0 -> relu_ -> avg_pool2d"),
+        ("(model)", "norms.2 -> add -> relu_1"),
+        ("(model)", "scaled_dot_product_attention"),
+    },
+    "stem": {("(model)", "0 -> 1 -> 2"), ("(model)", "3 -> 1 -> 5")},
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_are_found(name):
+    assert CHAINS_FOUND[name] <= became(fastarch.fuse(CHAINS[name][0]()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_our_kernels_serve_chains(training):
+    fused = fastarch.fuse(ResNet()).train(training)
+    calls = [(call.layer, call.operation) for call in fastarch.explain(fused, torch.randn(2, 3, 32, 32))]
+    stem = [("(model)", "batch_norm" if training else "conv_relu_pool")]
+    block = [("layer1.0", "batch_norm" if training else "conv_relu_pool"), ("layer1.0", "batch_norm")]
+    assert calls[:3] == stem + block
+    assert len(calls) == 10
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_losses_of_a_chain_are_the_same(name):
+    make, shape = CHAINS[name]
+    model, fused = twins(make)
+    x, labels = double(*shape), torch.randint(4, shape[:1])
+    assert losses(fused, x, labels) == pytest.approx(losses(model, x, labels), rel=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_and_exported(training):
+    fused = fastarch.fuse(ResNet()).train(training)
+    x = torch.randn(2, 3, 16, 16)
+    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(copy.deepcopy(fused), (x,)).module()
+    want = fused(x)
+    torch.testing.assert_close(compiled(x), want)
+    torch.testing.assert_close(exported(x), want)
+
+
+def test_hooks_on_a_chain_see_what_they_saw():
+    """Whether they were there before or come later."""
+    seen = []
+    hook = lambda module, args, output: seen.append(output.detach().clone())  # noqa: E731
+    model, fused = twins(vgg)
+    for m in (model, fused):
+        m[0][1].register_forward_hook(hook)
+        m[0][4].register_full_backward_hook(lambda module, grads, outputs: seen.append(outputs[0].clone()))
+    again = fastarch.fuse(fused)  # a deepcopy takes hooks along
+    x = double(3, 3, 8, 9)
+    for m in (model, fused, again):
+        m(x).sum().backward()
+    want = seen[:2]
+    assert len(seen) == 6
+    for got in (seen[2:4], seen[4:]):
+        torch.testing.assert_close(got, want)
+    assert left(again)["0.1"] == left(again)["0.4"] == "it has a hook: no chain goes through it"
+
+
+def test_what_is_changed_after_fusing_counts():
+    model, fused = twins(vgg)
+    for m in (model, fused):
+        m[0][3] = nn.GELU()
+        m[0].append(nn.Sigmoid())
+        m[1][2].eval()
+        del m[1][0:1]
+        m[1].insert(0, nn.Flatten())
+    compared(model, fused, (3, 3, 8, 9))
+
+
+class Changing(nn.Module):
+    """Reads an attribute and a keyword argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.scale = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), 2.0
+
+    def forward(self, x, residual=None, *, shift=0.0):
+        x = self.norm(self.conv(x)) * self.scale
+        x = F.relu(self.norm(x)) + shift
+        return x if residual is None else x + residual
+
+
+def test_attributes_and_arguments_are_not_baked_in():
+    model, fused = twins(Changing)
+    assert became(fused) >= {("(model)", "norm -> relu")}
+    x, y = double(2, 3, 4, 4), double(2, 3, 4, 4)
+    for scale in (2.0, 3.0, torch.tensor(4.0)):
+        model.scale = fused.scale = scale
+        for arguments, options in [((x,), {}), ((x, y), {}), ((x,), {"shift": 2.0}), ((), {"x": x, "residual": y})]:
+            torch.testing.assert_close(fused(*arguments, **options), model(*arguments, **options))

@@ -111,20 +111,10 @@ def run_convolution(
         and (pool is None or window is not None)
         and conv_takes(x, conv)
     ):
-        kind, size, stride, padding, ceil_mode = window or Window(None, 2, None, 0, False)
-        return ops.conv_relu_pool(
-            x,
-            *((conv.weight, conv.bias) if norm is None else folded(conv, norm)),
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            pool=kind,
-            pool_size=size,
-            pool_stride=stride,
-            pool_padding=padding,
-            ceil_mode=ceil_mode,
-        )
+        try:
+            return in_one(x, conv, norm, window)
+        except ValueError:  # sizes that leave nothing to compute: torch shall say so itself
+            pass
     y = conv(x)
     if norm is not None:
         y = run_norm(y, norm, None, False, relu)
@@ -133,6 +123,23 @@ def run_convolution(
     if isinstance(pool, nn.Module):
         return pool(y)
     return y if pool is None else POOLS[pool[0]](y, *pool[1:4], ceil_mode=pool[4])
+
+
+def in_one(x: Tensor, conv: nn.Conv2d, norm: nn.Module | None, window: Window | None) -> Tensor:
+    kind, size, stride, padding, ceil_mode = window or (None, 2, None, 0, False)
+    return ops.conv_relu_pool(
+        x,
+        *((conv.weight, conv.bias) if norm is None else folded(conv, norm)),
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        pool=kind,
+        pool_size=size,
+        pool_stride=stride,
+        pool_padding=padding,
+        ceil_mode=ceil_mode,
+    )
 
 
 def may_fold(conv: nn.Conv2d, norm: nn.Module) -> bool:
@@ -167,9 +174,12 @@ def window_of(pool: nn.Module) -> Window | None:
 
 
 def run_attention(query: Tensor, key: Tensor, value: Tensor, *args, **options) -> Tensor:
-    nested = query.is_nested or key.is_nested or value.is_nested
-    attention = F.scaled_dot_product_attention if nested else ops.scaled_dot_product_attention
-    return attention(query, key, value, *args, **options)
+    if not any(t.is_nested for t in (query, key, value)):
+        try:
+            return ops.scaled_dot_product_attention(query, key, value, *args, **options)
+        except (TypeError, ValueError):  # more dimensions than ours takes, or an error that torch shall name itself
+            pass
+    return F.scaled_dot_product_attention(query, key, value, *args, **options)
 
 
 class Graph:

@@ -1,18 +1,20 @@
 """A module whose forward is a fused graph wherever that stands for its own."""
 
 import functools
+import importlib
 import pickle
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastarch.fusion.chains import Graph
 from fastarch.fusion.swaps import ABSENT, become
-from fastarch.fusion.tracing import Refused, trace
+from fastarch.fusion.tracing import Refused, Trace, trace
 
+NOTHING = nn.Module()
 PROGRAMS = "fastarch_programs"  # the attribute of a fused module that holds one for each mode
 
 
@@ -26,9 +28,10 @@ class Program:
         inputs: int,
         constants: dict[str, object],
         structure: dict[str, tuple[str, ...]],
+        shared: list[list[str]],
     ):
-        self.arguments = (source, names, inputs, constants, structure)
-        self.inputs, self.constants, self.structure = inputs, constants, structure
+        self.arguments = (source, names, inputs, constants, structure, shared)
+        self.inputs, self.constants, self.structure, self.shared = inputs, constants, structure, shared
         scope = {name: found(value) for name, value in names.items()}
         exec(compile(source, "<fastarch.fuse>", "exec"), scope)
         self.run: Callable[..., object] = scope["forward"]
@@ -42,7 +45,8 @@ class Program:
             len(args) == self.inputs
             and all(isinstance(a, Tensor) for a in args)
             and all(is_same(getattr(module, name, None), value) for name, value in self.constants.items())
-            and all(children(module, path) == names for path, names in self.structure.items())
+            and all(tuple(at(module, path)._modules) == names for path, names in self.structure.items())
+            and all(at(module, path) is at(module, first) for first, *others in self.shared for path in others)
         )
 
 
@@ -50,12 +54,12 @@ def is_same(value: object, other: object) -> bool:
     return value is other or (type(value) is type(other) and value == other)
 
 
-def children(module: nn.Module, path: str) -> tuple[str, ...]:
+def at(module: nn.Module, path: str) -> nn.Module:
+    """The module at a path, or an empty one."""
     for name in path.split(".") if path else ():
-        module = module._modules.get(name)
-        if module is None:
-            return ()
-    return tuple(module._modules)
+        child = module._modules.get(name)
+        module = NOTHING if child is None else child
+    return module
 
 
 class Reference(NamedTuple):
@@ -82,7 +86,7 @@ def reference(value: object) -> object:
 def found(value: object) -> object:
     if not isinstance(value, Reference):
         return value
-    module = functools.reduce(getattr, value.module.split(".")[1:], __import__(value.module))
+    module = importlib.import_module(value.module)
     return module if value.name is None else getattr(module, value.name)
 
 
@@ -104,7 +108,7 @@ def rebuilt(function: Callable, layer: type[nn.Module], *args) -> nn.Module:
     return function(rewritten_class(layer), *args)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def rewritten_class(layer: type[nn.Module]) -> type[nn.Module]:
     """The class of fused modules of a class, by the same name."""
     attributes = {name: getattr(layer, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -127,18 +131,18 @@ def programs(module: nn.Module) -> tuple[dict[bool, Program], list[str]]:
             module.training = mode
             traced = trace(module)
             found += [chain for chain in Graph(traced.graph, module).fuse() if chain not in found]
-            made[mode] = program(traced.graph, traced.constants, traced.structure)
+            made[mode] = program(traced)
     finally:
         module.training = training
     return made, found
 
 
-def program(graph: fx.Graph, constants: dict[str, object], structure: dict[str, tuple[str, ...]]) -> Program:
-    graph.lint()
-    code = graph.python_code("self")
+def program(trace: Trace) -> Program:
+    trace.graph.lint()
+    code = trace.graph.python_code("self")
     names = {name: reference(value) for name, value in code.globals.items()}
-    inputs = sum(node.op == "placeholder" for node in graph.nodes)
-    return Program(code.src, names, inputs, constants, structure)
+    inputs = sum(node.op == "placeholder" for node in trace.graph.nodes)
+    return Program(code.src, names, inputs, *trace[1:])
 
 
 def install(module: nn.Module, made: dict[bool, Program]) -> None:

@@ -23,8 +23,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device, FunctionType, BuiltinFunctionType, type)
+COLLECTIONS = (dict, list, tuple)
+PLAIN_COLLECTIONS = (dict, list, tuple, torch.Size)
 OWN_ATTRIBUTES = set(nn.Module().__dict__) - {"training"}  # read by nn.Module's own methods; children are compared
-UNREAD = (nn.Module, Tensor, fx.Proxy, FunctionType)  # what properties and classes have to offer besides constants
+METHODS_AND_TENSORS = (MethodType, FunctionType, nn.Module, Tensor, fx.Proxy)
 PACKAGES = {"torch", "math", "operator", "typing", "collections"}  # whose functions depend on their arguments alone,
 DEPENDS = ("torch.utils.checkpoint", "torch.utils._contextlib", "torch.autograd", "torch.amp", "torch.distributed")
 BUILTINS = {"len", "range", "zip", "enumerate", "reversed", "tuple", "list", "dict", "isinstance", "super", "int"} | {
@@ -50,6 +52,7 @@ class Trace(NamedTuple):
     graph: fx.Graph
     constants: dict[str, object]  # attributes of the module
     structure: dict[str, tuple[str, ...]]  # names of the children of the module and of its containers, by path
+    shared: list[list[str]]  # paths of one and the same module
 
 
 def trace(module: nn.Module) -> Trace:
@@ -63,7 +66,7 @@ def trace(module: nn.Module) -> Trace:
             raise Refused(guard.reason or f"torch.fx cannot trace it: {first}") from error
     if guard.reason:
         raise Refused(guard.reason)
-    return Trace(graph, constants(reads), structure(module, graph))
+    return Trace(graph, constants(reads), structure(module, graph), shared(module, graph))
 
 
 class Value(fx.Proxy):
@@ -112,9 +115,7 @@ class Tracer(fx.Tracer):
         if type(a) is not Value and not isinstance(a, fx.Proxy):
             if isinstance(a, Tensor):
                 raise Refused("it uses a tensor that is no parameter and no buffer")
-            if is_dataclass(a) or (
-                isinstance(a, (dict, list, tuple)) and type(a) not in (dict, list, tuple, torch.Size)
-            ):
+            if is_dataclass(a) or (isinstance(a, (dict, list, tuple)) and type(a) not in PLAIN_COLLECTIONS):
                 raise Refused(f"it makes a {type(a).__name__}")
         return super().create_arg(a)
 
@@ -135,9 +136,10 @@ def recorded_reads(root: nn.Module) -> Iterator[dict[tuple[str, str], object]]:
 
     def read(module, name):
         value = object.__getattribute__(module, name)
-        if id(module) in paths and name not in OWN_ATTRIBUTES and not name.startswith("__"):
-            if name in object.__getattribute__(module, "__dict__") or not isinstance(value, (MethodType, *UNREAD)):
-                reads[paths[id(module)], name] = value
+        if id(module) not in paths or name in OWN_ATTRIBUTES or name.startswith("__"):
+            return value
+        if name in object.__getattribute__(module, "__dict__") or not isinstance(value, METHODS_AND_TENSORS):
+            reads[paths[id(module)], name] = value
         return value
 
     nn.Module.__getattribute__ = read
@@ -175,6 +177,19 @@ def structure(root: nn.Module, graph: fx.Graph) -> dict[str, tuple[str, ...]]:
                 paths.add(f"{path}.{name}" if path else name)
                 queue.append((f"{path}.{name}" if path else name, child))
     return {path: tuple(root.get_submodule(path)._modules) for path in sorted(paths)}
+
+
+def shared(root: nn.Module, graph: fx.Graph) -> list[list[str]]:
+    """Which paths lead to one module, for the graph knows modules by the first."""
+    called = {node.target for node in graph.nodes if node.op == "call_module"}
+    paths: dict[int, list[str]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    tensors = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+    for node in graph.nodes:
+        if node.op == "get_attr" and sum(t is dict(tensors)[node.target] for _, t in tensors) > 1:
+            raise Refused(f"it reads {node.target}, which has other names")
+    return [same for same in paths.values() if len(same) > 1 and called & set(same)]
 
 
 class Concrete(TorchFunctionMode):
