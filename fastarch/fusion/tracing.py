@@ -8,6 +8,7 @@ can be compared on each call, or does more than compute a result.
 
 import dis
 import functools
+import gc
 import inspect
 import operator
 import sys
@@ -207,12 +208,15 @@ class Guard:
     reason: str | None = None
 
     def __enter__(self):
-        self.before = sys.getprofile()
+        self.before, self.collecting = sys.getprofile(), gc.isenabled()
+        gc.disable()  # it would run functions that forward does not call
         sys.setprofile(self.watch)
         return self
 
     def __exit__(self, *_):
         sys.setprofile(self.before)
+        if self.collecting:
+            gc.enable()
 
     def watch(self, frame: FrameType, event: str, _) -> None:
         if event == "call" and self.reason is None and (reason := why_not(frame)):
