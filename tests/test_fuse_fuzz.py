@@ -27,7 +27,7 @@ LAYERS = {
     "relu_": lambda: nn.ReLU(inplace=True),
     "maxpool": lambda: nn.MaxPool2d(3, 1, 1),
     "avgpool": lambda: nn.AvgPool2d(2, ceil_mode=True),
-    "indices": lambda: nn.MaxPool2d(3, 1, 1, dilation=1),
+    "dilated": lambda: nn.MaxPool2d(2, 1, 0, dilation=2),
     "uncounted": lambda: nn.AvgPool2d(3, 1, 1, count_include_pad=False),
     "chain": lambda: nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU(), nn.MaxPool2d(3, 1, 1)),
     "skip": lambda: nn.Sequential(nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C)),
@@ -57,6 +57,8 @@ SUMS = [
 STATEMENTS = [
     "{a} += {b}",
     "{a} -= 0.1 * {b}",
+    "alias = {a}; alias += {b}",
+    "alias = {a}; alias *= 2",
     "if self.training: {a} = {a} * 2",
     "if self.flag: {a} = {a} + 1",
     "for layer in self.stack: {a} = layer({a})",
@@ -72,6 +74,10 @@ RUNS = [
     ("conv", "norm", "{a} + self.skip0({b})", "F.relu({a})"),
     ("norm", "{a} + self.skip_0({b})", "{a}.relu()"),
     ("frozen", "relu"),
+    ("conv", "relu", "uncounted"),
+    ("conv", "relu", "F.avg_pool2d({a}, 3, 1, 1, count_include_pad=False)"),
+    ("conv", "relu_", "F.max_pool2d({a}, 3, 1, 1, 2)"),
+    ("conv", "relu", "dilated"),
 ]
 
 
@@ -110,6 +116,8 @@ def networks(draw) -> Network:
         chosen = draw(st.sampled_from(choices))
         for call in chosen if what == "run" else [chosen]:
             a = add(call, a)
+            if draw(st.integers(0, 3)) == 0:  # the middle of a chain may be used elsewhere
+                values.append(a)
         values.append(a)
     kept = [values[-1], *draw(st.lists(st.sampled_from(values), max_size=1))]
     lines.append(f"return torch.cat([{', '.join(f'{v}.flatten(1)' for v in kept)}], 1)")

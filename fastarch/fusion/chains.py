@@ -273,6 +273,8 @@ class Graph:
         if node.kwargs or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
             return None
         a, b = node.args
+        if a is b:
+            return None
         if node.op == "call_function" and node.target in (operator.add, torch.add):
             return [(a, b), (b, a)]
         if (node.op, node.target) == ("call_method", "add"):
