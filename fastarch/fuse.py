@@ -41,7 +41,36 @@ class Fusions(list[Fusion]):
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The model with layers of torch.nn replaced by ours; `fusions(model)` lists what was done and what was left."""
+    """The model on our kernels: same parameters and buffers, state_dict keys, hooks and modes, other arithmetic.
+
+    Layers that are exactly torch.nn's BatchNorm1d, 2d, 3d, SyncBatchNorm, GRU, GRUCell, MultiheadAttention,
+    TransformerEncoder, TransformerDecoder or one of their layers become ours. Where the forward of a module can be
+    written down as a graph of its children, chains in it become one call each, whether of layers, functions or methods:
+
+        Conv2d -> [BatchNorm2d] -> ReLU -> [MaxPool2d or AvgPool2d]
+        BatchNorm -> [sum with another value] -> ReLU
+        scaled_dot_product_attention
+
+    Such a module gets a class of its own, derived from the one it had. Its forward runs the graph where that surely
+    gives the same, and otherwise, for other arguments or after changes, what the user wrote. What may differ (control
+    flow on values, hooks on the layers of a chain, subclasses, weights that are computed) is left alone, and
+    `fusions(model)` says why.
+
+    Args:
+        inplace: change the model itself. Otherwise it stays as it is, and the result is a copy of its modules that
+            shares its parameters and buffers.
+
+    Returns:
+        The fused model. It can be copied, pickled, compiled, exported and trained as the original; state_dicts fit
+        both. `unfuse` undoes it. Fused again, it is first unfused.
+
+    Differences that remain: dropout in attention and between the layers of a GRU drops other elements; a GRU is no
+    torch.nn.GRU to isinstance; TransformerEncoder gives numbers at padding, where torch in evaluation may give 0; hooks
+    of all modules (torch.nn.modules.module.register_module_forward_hook) do not see the layers of a chain.
+
+    Raises:
+        TypeError: no torch.nn.Module.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: want a torch.nn.Module, got {type(model).__name__}")
     if not inplace:

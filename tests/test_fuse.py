@@ -457,3 +457,22 @@ def test_attributes_and_arguments_are_not_baked_in():
         model.scale = fused.scale = scale
         for arguments, options in [((x,), {}), ((x, y), {}), ((x,), {"shift": 2.0}), ((), {"x": x, "residual": y})]:
             torch.testing.assert_close(fused(*arguments, **options), model(*arguments, **options))
+
+
+def test_models_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    images = {"image_size": 16, "patch_size": 4}
+    resnet = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 2], layer_type="basic")
+    models = [
+        (transformers.ResNetModel(resnet), double(2, 3, 32, 32)),
+        (transformers.ViTModel(transformers.ViTConfig(**small, **images)), double(2, 3, 16, 16)),
+        (transformers.BertModel(transformers.BertConfig(vocab_size=30, **small)), torch.randint(30, (2, 7))),
+    ]
+    for model, x in models:
+        model.double().eval()
+        fused = fastarch.fuse(model)
+        torch.testing.assert_close(fused(x)[0], model(x)[0])
+        assert list(fused.state_dict()) == list(model.state_dict())
+        if x.shape[-1] == 32:
+            assert ("embedder.embedder", "convolution -> normalization -> activation") in became(fused)

@@ -29,15 +29,19 @@ PLAIN_COLLECTIONS = (dict, list, tuple, torch.Size)
 OWN_ATTRIBUTES = set(nn.Module().__dict__) - {"training"}  # read by nn.Module's own methods; children are compared
 METHODS_AND_TENSORS = (MethodType, FunctionType, nn.Module, Tensor, fx.Proxy)
 PACKAGES = {"torch", "math", "operator", "typing", "collections"}  # whose functions depend on their arguments alone,
-DEPENDS = ("torch.utils.checkpoint", "torch.utils._contextlib", "torch.autograd", "torch.amp", "torch.distributed")
-BUILTINS = {"len", "range", "zip", "enumerate", "reversed", "tuple", "list", "dict", "isinstance", "super", "int"} | {
-    *("float", "bool", "min", "max", "sum", "abs", "getattr", "str", "property", "slice")
-}  # or these
+CALLABLE = (  # files of torch whose functions forward may call: none that checkpoints, compiles, or sets a mode
+    *("torch.nn.functional", "torch.nn.modules", "torch.fx", "torch.functional", "torch._jit_internal"),
+    *("torch.overrides", "torch._tensor", "torch._VF"),
+)
+BUILTINS = {  # or these
+    *("len", "range", "zip", "enumerate", "reversed", "tuple", "list", "dict", "slice", "isinstance", "super"),
+    *("int", "float", "bool", "str", "min", "max", "sum", "abs", "getattr"),
+}
 OTHERS = {"torch", "_frozen_importlib", "_frozen_importlib_external", *sys.stdlib_module_names}  # run by torch.fx
 EFFECTS = {
     **dict.fromkeys(("STORE_ATTR", "DELETE_ATTR"), "sets an attribute"),
     **dict.fromkeys(("STORE_SUBSCR", "DELETE_SUBSCR"), "writes into what it indexes"),
-    **dict.fromkeys(("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF"), "sets a variable outside"),
+    **dict.fromkeys(("STORE_GLOBAL", "DELETE_GLOBAL"), "sets a variable outside"),
     **dict.fromkeys(("WITH_EXCEPT_START", "SETUP_WITH", "BEFORE_WITH"), "has a with statement"),
     **dict.fromkeys(("IMPORT_NAME", "YIELD_FROM", "SEND"), "imports or yields"),
 }
@@ -62,6 +66,8 @@ def trace(module: nn.Module) -> Trace:
     with recorded_reads(module) as reads, Concrete(), guard:
         try:
             graph = tracer.trace(module)
+        except Refused as refusal:
+            raise Refused(guard.reason or str(refusal)) from None
         except Exception as error:  # whatever forward or torch.fx raises
             first = str(error).strip().split("\n")[0] or type(error).__name__
             raise Refused(guard.reason or f"torch.fx cannot trace it: {first}") from error
@@ -102,7 +108,7 @@ class Tracer(fx.Tracer):
         return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
     def create_args_for_root(self, root_fn, is_module: bool, concrete_args=None):
-        if not isinstance(root_fn, FunctionType) or root_fn.__globals__["__name__"].startswith(DEPENDS):
+        if not isinstance(root_fn, FunctionType) or is_of_torch(root_fn.__globals__["__name__"]):
             raise Refused("its forward is no plain function")
         names = required(root_fn)
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
@@ -227,7 +233,7 @@ class Guard:
 def why_not(frame: FrameType) -> str | None:
     """Why what a function computes may change, or is not all it does."""
     home, caller = (f.f_globals.get("__name__", "") for f in (frame, frame.f_back))
-    if home.startswith(DEPENDS) and caller.split(".")[0] != "torch":
+    if is_of_torch(home) and caller != __name__ and caller.split(".")[0] not in OTHERS:
         return f"it runs {home}"
     if home.split(".")[0] in OTHERS or home == __name__:
         return None
@@ -248,6 +254,11 @@ def why_not(frame: FrameType) -> str | None:
     return None
 
 
+def is_of_torch(home: str) -> bool:
+    """Whether a file is one of torch whose functions may do more than they return."""
+    return home.split(".")[0] == "torch" and not home.startswith(CALLABLE)
+
+
 def is_error(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, Exception)
 
@@ -255,7 +266,7 @@ def is_error(value: object) -> bool:
 def is_pure(value: object) -> bool:
     """Whether a global may be used: Python functions are looked at themselves when they run."""
     if isinstance(value, ModuleType):
-        return value.__name__.split(".")[0] in PACKAGES and not value.__name__.startswith(DEPENDS)
+        return value.__name__.split(".")[0] in PACKAGES
     home = getattr(value, "__module__", None) or getattr(getattr(value, "__self__", None), "__name__", "")
     if isinstance(value, BuiltinFunctionType):
         return isinstance(getattr(value, "__self__", None), type) or home.split(".")[0].lstrip("_") in PACKAGES
@@ -268,7 +279,12 @@ def is_pure(value: object) -> bool:
 def effect_of(code: CodeType) -> str | None:
     if asking := [name for name in code.co_names if name.startswith("is_")]:
         return f"asks {asking[0]}"  # is_grad_enabled, is_scripting, ...
-    return next((EFFECTS[i.opname] for i in dis.get_instructions(code) if i.opname in EFFECTS), None)
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in EFFECTS:
+            return EFFECTS[instruction.opname]
+        if instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars:
+            return "sets a variable outside"
+    return None
 
 
 @functools.lru_cache
