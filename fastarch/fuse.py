@@ -3,7 +3,7 @@
 import copy
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastarch.fusion import chains, programs, swaps
 from fastarch.fusion.tracing import Refused
@@ -74,8 +74,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: want a torch.nn.Module, got {type(model).__name__}")
     if not inplace:
-        tensors = [*model.parameters(), *model.buffers()]
-        model = copy.deepcopy(model, {id(t): t for t in tensors})
+        attributes = [value for module in model.modules() for value in vars(module).values()]
+        loose = [value for value in attributes if isinstance(value, Tensor)]
+        model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers(), *loose)})
     unfuse(model)
     report, layers, forwards = Fusions(), list(swaps.candidates(model)), []
     for path, module in model.named_modules():
@@ -104,9 +105,12 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undo `fuse`, in place: every module gets back the class that it had. Returns the model."""
+    """Undo `fuse`, in place: every module gets back the class that it had. Returns the model.
+
+    A module that has become something else since (parametrized, say) stays what it is.
+    """
     for module in model.modules():
-        if swaps.MARK in module.__dict__:
+        if swaps.MARK in module.__dict__ and (type(module) in swaps.OURS or programs.is_rewritten(module)):
             swaps.restore(module)
         module.__dict__.pop(REPORT, None)
     return model

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from closeness import assert_all_close
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -298,6 +299,51 @@ LEFT = {
     "parametrized": (lambda: parametrizations.weight_norm(nn.GRUCell(3, 4), "weight_hh"), "ParametrizedGRUCell"),
     "lazy": (nn.LazyBatchNorm2d, "LazyBatchNorm2d is another class"),
 }
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_computed_weights_are_shared_with_a_copy():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU())
+    fused, x = fastarch.fuse(model), torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        model[0].weight_g.mul_(2)
+    assert torch.equal(fused(x), model(x))
+    assert not became(fused)
+
+
+def test_a_layer_that_was_parametrized_since_stays_so():
+    fused = fastarch.fuse(nn.Sequential(nn.GRUCell(3, 4), nn.BatchNorm1d(4)))
+    parametrizations.weight_norm(fused[0], "weight_hh")
+    x = torch.randn(2, 3)
+    want = fused(x)
+    assert isinstance(fastarch.unfuse(fused)[0], ours.GRUCell)
+    assert type(fused[1]) is nn.BatchNorm1d
+    torch.testing.assert_close(fused(x), want)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+def test_float32_is_as_exact_as_torch(training, layout):
+    """By the rule of all tests: at most twice eager's error, of the output and of all gradients."""
+    truth, _ = twins(ResNet)
+    model = copy.deepcopy(truth).float().to(memory_format=layout)
+    fused = fastarch.fuse(copy.deepcopy(model))
+    x = torch.randn(8, 3, 33, 32).to(memory_format=layout)
+    got, eager, exact = (
+        {k: v for k, v in results(m.train(training), x.to(m.fc.weight.dtype)).items() if k[0] in "yd"}
+        for m in (fused, model, truth)
+    )
+    assert_all_close(got, eager, exact)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast(training):
+    model, fused = twins(ResNet)
+    model, fused = (m.float().train(training) for m in (model, fused))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = (m(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)) for m in (fused, model))
+    assert got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -115,6 +115,10 @@ def rewritten_class(layer: type[nn.Module]) -> type[nn.Module]:
     return type(layer)(layer.__name__, (Rewritten, layer), attributes)
 
 
+def is_rewritten(module: nn.Module) -> bool:
+    return type(module).__mro__[1] is Rewritten
+
+
 def programs(module: nn.Module) -> tuple[dict[bool, Program], list[str]]:
     """The module's forward with its chains fused, for training and for evaluation, and what they were.
 

@@ -39,7 +39,7 @@ SWAPS = {
     nn.TransformerDecoder: Swap(ours.TransformerDecoder),
 }
 STACKS = {nn.TransformerEncoder: nn.TransformerEncoderLayer, nn.TransformerDecoder: nn.TransformerDecoderLayer}
-CLASSES_OF_OURS = {swap.layer for swap in SWAPS.values()}
+OURS = {swap.layer for swap in SWAPS.values()}
 
 
 def why_special(module: nn.Module) -> str | None:
@@ -64,7 +64,7 @@ def why_left(module: nn.Module) -> str | None:
 
 def twin(module: nn.Module) -> type[nn.Module] | None:
     """The class of torch.nn with a twin here that a module is of, or derives from."""
-    if type(module) in CLASSES_OF_OURS:
+    if type(module) in OURS:
         return None
     layers = (*type(module).__mro__, getattr(type(module), "cls_to_become", None))  # what a lazy layer will be
     return next((layer for layer in layers if layer in SWAPS), None)
