@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -253,6 +255,7 @@ def test_copies_are_fused_and_can_be_unfused(name, how):
     with torch.no_grad():
         next(fused.parameters(), torch.zeros(1)).add_(1)  # which the copy must not see
     assert torch.equal(fastarch.unfuse(twin)(x), model(x))
+    assert [vars(m).keys() for m in twin.modules()] == [vars(m).keys() for m in model.modules()]
 
 
 def test_sync_batch_norm_runs_on_cpus():
@@ -441,10 +444,13 @@ def test_losses_of_a_chain_are_the_same(name):
     assert losses(fused, x, labels) == pytest.approx(losses(model, x, labels), rel=1e-6)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_compiled_and_exported(training):
-    fused = fastarch.fuse(ResNet()).train(training)
-    x = torch.randn(2, 3, 16, 16)
+@pytest.mark.parametrize(
+    ("make", "shape", "training"),
+    [(ResNet, (2, 3, 16, 16), True), (ResNet, (2, 3, 16, 16), False), (Classifier, (4, 5, 3), False)],
+)
+def test_compiled_and_exported(make, shape, training):
+    fused = fastarch.fuse(make()).train(training)
+    x = torch.randn(shape)
     compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
     exported = torch.export.export(copy.deepcopy(fused), (x,)).module()
     want = fused(x)
@@ -522,3 +528,50 @@ def test_models_of_transformers():
         assert list(fused.state_dict()) == list(model.state_dict())
         if x.shape[-1] == 32:
             assert ("embedder.embedder", "convolution -> normalization -> activation") in became(fused)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(2, 4, 8, 8), torch.randn(2, 3, 1, 1), torch.randn(8, 8), torch.ones(2, 3, 8, 8, dtype=torch.long)],
+    ids=["channels", "too small", "dimensions", "dtype"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_errors_are_those_of_torch(training, x):
+    model = vgg().train(training)
+    with pytest.raises(Exception) as wanted:
+        model(x)
+    with pytest.raises(wanted.type) as got:
+        fastarch.fuse(model)(x)
+    assert str(got.value) == str(wanted.value)
+
+
+def test_attention_takes_what_torch_takes():
+    class Attention(nn.Module):
+        def forward(self, q, k):
+            return F.scaled_dot_product_attention(q, k, k)
+
+    model = Attention()
+    fused = fastarch.fuse(model)
+    for shape in [(2, 3, 4, 5), (3, 4, 5), (2, 2, 3, 4, 5)]:
+        q, k = double(*shape), double(*shape)
+        torch.testing.assert_close(fused(q, k), model(q, k))
+    assert [call.operation for call in fastarch.explain(fused, double(2, 3, 4, 5), double(2, 3, 4, 5))] == [
+        "scaled_dot_product_attention"
+    ]
+
+
+def test_a_pickle_is_loaded_by_another_process(tmp_path):
+    fused, x = fastarch.fuse(vgg()).eval(), torch.randn(3, 3, 8, 9)
+    with torch.no_grad():
+        torch.save((fused, x, fused(x)), tmp_path / "fused.pt")
+    code = """
+import sys, torch
+torch.set_num_threads(1)
+fused, x, want = torch.load(sys.argv[1], weights_only=False)
+import fastarch
+assert type(fused[0]).__mro__[1].__module__ == "fastarch.fusion.programs"
+with torch.no_grad():
+    assert torch.equal(fused(x), want)
+    torch.testing.assert_close(fastarch.unfuse(fused)(x), want)
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "fused.pt"], check=True)

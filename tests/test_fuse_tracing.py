@@ -8,9 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastarch
+from fastarch.fusion.programs import programs
 from fastarch.fusion.tracing import Refused, trace
 
 FACTOR = 2
+LOOSE = torch.ones(3)
 
 
 class Model(nn.Module):
@@ -84,6 +86,10 @@ def uses_a_loose_tensor(self, x):
     return self.chain(x) * self.loose
 
 
+def uses_a_global_tensor(self, x):
+    return self.chain(x) * LOOSE
+
+
 def switches_gradients_off(self, x):
     with torch.no_grad():
         return self.chain(x)
@@ -130,7 +136,8 @@ REFUSED = {
     reads_a_list: "reads factors, a list",
     reads_a_layer: "reads norm.eps",
     reads_a_mode: "reads norm.training",
-    uses_a_loose_tensor: "uses a tensor that is no parameter",
+    uses_a_loose_tensor: "it uses a tensor that is no parameter",
+    uses_a_global_tensor: "reads the global LOOSE",
     switches_gradients_off: "has a with statement",
     is_decorated: "is no plain function",
     checkpoints: "it runs torch._compile",
@@ -143,7 +150,7 @@ REFUSED = {
 def test_refused(forward, capsys):
     model = made(forward)
     with pytest.raises(Refused, match=REFUSED[forward]):
-        trace(model)
+        programs(model)
     assert not capsys.readouterr().out
     assert model.calls == 0
     fused = fastarch.fuse(model)
@@ -194,6 +201,14 @@ def test_served(forward):
             got = fused(x)
             model.load_state_dict(state)
             torch.testing.assert_close(got, model(x))
+
+
+def test_a_replaced_forward_is_refused():
+    model = made(reads_constants)
+    model.forward = lambda x: x + 1
+    fused = fastarch.fuse(model)
+    assert ("(model)", "its forward was replaced") in {(f.layer, f.left) for f in fastarch.fusions(fused)}
+    assert torch.equal(fused(torch.ones(3)), torch.ones(3) + 1)
 
 
 def test_a_parameter_of_two_names_is_refused():

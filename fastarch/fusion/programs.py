@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastarch.fusion.chains import Graph
-from fastarch.fusion.swaps import ABSENT, become
+from fastarch.fusion.swaps import Absent, become
 from fastarch.fusion.tracing import Refused, Trace, trace
 
 NOTHING = nn.Module()
@@ -125,6 +125,8 @@ def programs(module: nn.Module) -> tuple[dict[bool, Program], list[str]]:
     Raises Refused where forward cannot be traced, or its class cannot have a successor.
     """
     layer, training = type(module), module.training
+    if "forward" in module.__dict__:
+        raise Refused("its forward was replaced")
     if layer.__reduce_ex__ is not object.__reduce_ex__ or layer.__reduce__ is not object.__reduce__:
         raise Refused(f"{layer.__name__} has its own way to be pickled")
     if any("__init_subclass__" in vars(c) for c in layer.__mro__[:-1]):
@@ -150,4 +152,4 @@ def program(trace: Trace) -> Program:
 
 
 def install(module: nn.Module, made: dict[bool, Program]) -> None:
-    become(module, rewritten_class(type(module)), {PROGRAMS: ABSENT}, {PROGRAMS: made})
+    become(module, rewritten_class(type(module)), {PROGRAMS: Absent}, {PROGRAMS: made})

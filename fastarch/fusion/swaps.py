@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from fastarch import nn as ours
 
 MARK = "fastarch_before"  # the attribute of a fused module that says what it was
-ABSENT = "absent"
+
+
+class Absent:
+    """Stands for an attribute that was not there."""
 
 
 class Before(NamedTuple):
@@ -90,7 +93,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
 
 def swap(module: nn.Module) -> None:
     new = SWAPS[type(module)]
-    before = {name: module.__dict__.get(name, ABSENT) for name in new.attributes}
+    before = {name: module.__dict__.get(name, Absent) for name in new.attributes}
     become(module, new.layer, before, new.attributes)
 
 
@@ -105,6 +108,6 @@ def restore(module: nn.Module) -> None:
     layer, attributes = module.__dict__.pop(MARK)
     for name, value in attributes.items():
         module.__dict__.pop(name)
-        if value is not ABSENT:
+        if value is not Absent:
             module.__dict__[name] = value
     module.__class__ = layer

@@ -24,8 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device, FunctionType, BuiltinFunctionType, type)
-COLLECTIONS = (dict, list, tuple)
-PLAIN_COLLECTIONS = (dict, list, tuple, torch.Size)
+COLLECTIONS = (dict, list, tuple, torch.Size)
 OWN_ATTRIBUTES = set(nn.Module().__dict__) - {"training"}  # read by nn.Module's own methods; children are compared
 METHODS_AND_TENSORS = (MethodType, FunctionType, nn.Module, Tensor, fx.Proxy)
 PACKAGES = {"torch", "math", "operator", "typing", "collections"}  # whose functions depend on their arguments alone,
@@ -122,7 +121,7 @@ class Tracer(fx.Tracer):
         if type(a) is not Value and not isinstance(a, fx.Proxy):
             if isinstance(a, Tensor):
                 raise Refused("it uses a tensor that is no parameter and no buffer")
-            if is_dataclass(a) or (isinstance(a, (dict, list, tuple)) and type(a) not in PLAIN_COLLECTIONS):
+            if is_dataclass(a) or (isinstance(a, (dict, list, tuple)) and type(a) not in COLLECTIONS):
                 raise Refused(f"it makes a {type(a).__name__}")
         return super().create_arg(a)
 
