@@ -1,6 +1,7 @@
 """fuse converts layers and chains of a torch model and changes nothing else; unfuse takes all of it back."""
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -575,3 +576,23 @@ with torch.no_grad():
     torch.testing.assert_close(fastarch.unfuse(fused)(x), want)
 """
     subprocess.run([sys.executable, "-c", code, tmp_path / "fused.pt"], check=True)
+
+
+def test_the_signature_is_kept_and_torch_fx_sees_what_the_user_wrote():
+    model = ResNet()
+    fused = fastarch.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    assert inspect.signature(fastarch.fuse(model).forward) == inspect.signature(model.forward)
+    assert [node.op for node in torch.fx.symbolic_trace(fused).graph.nodes] == [
+        *("placeholder", "call_module", "call_module", "output")
+    ]
+
+
+def test_derivatives_of_second_order_and_transforms():
+    model, fused = twins(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)))
+    model.eval(), fused.eval()
+    x = double(2, 3, 8, 8).requires_grad_()
+    first = [torch.autograd.grad((m(x) ** 3).sum(), x, create_graph=True)[0] for m in (fused, model)]
+    second = [torch.autograd.grad(gradient.square().sum(), x)[0] for gradient in first]
+    torch.testing.assert_close(*second)
+    got, want = (torch.func.vmap(m)(x.detach().unsqueeze(1)) for m in (fused, model))
+    torch.testing.assert_close(got, want)

@@ -90,14 +90,19 @@ def found(value: object) -> object:
     return module if value.name is None else getattr(module, value.name)
 
 
-class Rewritten:
-    """Comes before a class of the user, whose forward it takes the place of."""
-
-    def forward(self, *args, **kwargs):
+def in_place_of(forward: Callable) -> Callable:
+    @functools.wraps(forward)  # whose signature others look at
+    def program_or_forward(self, *args, **kwargs):
         program = self.fastarch_programs[self.training]
         if kwargs or not program.serves(self, args):
-            return super().forward(*args, **kwargs)
+            return forward(self, *args, **kwargs)
         return program.run(self, *args)
+
+    return program_or_forward
+
+
+class Rewritten:
+    """Comes before a class of the user in a class whose forward takes the place of the user's."""
 
     def __reduce_ex__(self, protocol):
         function, (layer, *args), *rest = super().__reduce_ex__(max(protocol, 2))
@@ -112,7 +117,7 @@ def rebuilt(function: Callable, layer: type[nn.Module], *args) -> nn.Module:
 def rewritten_class(layer: type[nn.Module]) -> type[nn.Module]:
     """The class of fused modules of a class, by the same name."""
     attributes = {name: getattr(layer, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(layer)(layer.__name__, (Rewritten, layer), attributes)
+    return type(layer)(layer.__name__, (Rewritten, layer), attributes | {"forward": in_place_of(layer.forward)})
 
 
 def is_rewritten(module: nn.Module) -> bool:
