@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from fastarch import routing
 
@@ -45,26 +46,25 @@ def explain(model: nn.Module, *inputs) -> Explanations:
     What is not listed ran on torch's own operations. Print the result for a table.
     """
     found, path = Explanations(), []
-    hooks = []
+    names = {id(module): name or "(model)" for name, module in model.named_modules()}
 
     def credit():
         """The calls since the last time were made by the innermost layer that runs now."""
         found.extend(Explanation(path[-1], *call_fields(call)) for call in calls)
         calls.clear()
 
-    def enter(name):
+    def enter(module, _):
         credit()
-        path.append(name or "(model)")
+        path.append(names.get(id(module)) or path[-1])
 
     def leave(*_):
         credit()
         path.pop()
 
+    # hooks of all modules: of its own hooks a layer's result may depend, for chains of layers go through none
+    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
     with routing.recording() as calls, torch.no_grad():
         try:
-            for name, module in model.named_modules():
-                hooks.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
-                hooks.append(module.register_forward_hook(leave))
             model(*inputs)
         finally:
             for hook in hooks:

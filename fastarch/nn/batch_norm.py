@@ -15,6 +15,10 @@ class Fused:
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.normalize(input, residual, self.activation)
+
+    def normalize(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+        """forward with another activation than the layer's own."""
         self._check_input_dim(input)
         tracking = self.training and self.track_running_stats
         momentum = self.momentum
@@ -34,7 +38,7 @@ class Fused:
             0.0 if momentum is None else momentum,
             self.eps,
             residual=residual,
-            activation=self.activation,
+            activation=activation,
             process_group=self.ranks(training),
         )
 

@@ -1,0 +1,1 @@
+"""How fastarch.fuse converts a model: `swaps` layer by layer, `chains` across layers, over what `tracing` proves."""
