@@ -34,12 +34,14 @@ $(READY): $(SOURCES)
 demo: $(READY)
 	$(BIN)/fastarch demo $(ARGS)
 
-# Each instruction set that this machine has; the GPU kernels interpreted, in a process of their own.
+# Each instruction set that this machine has; the GPU kernels interpreted, in processes of their own. Nothing but the
+# first part looks at the clock or needs several threads by default: the others share the cores test by test.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
 test: $(READY)
 	$(BIN)/pytest tests --ignore tests/interpreted $(ARGS)
-	FASTARCH_CPU_ISA=avx2 $(BIN)/pytest $(CPU_TESTS) $(ARGS)
-	FASTARCH_CPU_ISA=generic $(BIN)/pytest $(CPU_TESTS) $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted $(ARGS)
+	FASTARCH_CPU_ISA=avx2 $(SIDE_BY_SIDE) $(CPU_TESTS) $(ARGS)
+	FASTARCH_CPU_ISA=generic $(SIDE_BY_SIDE) $(CPU_TESTS) $(ARGS)
+	TRITON_INTERPRET=1 $(SIDE_BY_SIDE) tests/interpreted $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet $(PEERS)
@@ -73,6 +75,7 @@ gpu:
 	$(PYTHON) -m fastarch.cli bench conv_relu_pool
 	$(PYTHON) -m fastarch.cli bench batch_norm
 	$(PYTHON) -m fastarch.cli bench gru
+	$(PYTHON) -m fastarch.cli bench attention
 
 clean:
 	rm -rf .venv $(CUDA) build dist out *.egg-info fastarch/*.so .pytest_cache .ruff_cache .hypothesis

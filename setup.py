@@ -135,6 +135,7 @@ setup(
     cmdclass=commands,
     packages=[
         "fastarch",
+        "fastarch.fusion",
         "fastarch.integrations",
         "fastarch.kernels",
         "fastarch.models",

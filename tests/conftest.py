@@ -9,8 +9,8 @@ def pytest_addoption(parser):
 
 
 def pytest_sessionfinish(session):
-    skipped = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
-    if session.config.getoption("forbid_skips") and skipped:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")  # None in a process that another directs
+    if session.config.getoption("forbid_skips") and reporter and reporter.stats.get("skipped", []):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
