@@ -12,11 +12,11 @@ from fastarch.kernels.attention_score import (
     blocks_met,
     far,
     kept,
-    keys_of,
     load_rows,
     number_of_blocks,
+    place_of,
     score,
-    sequence_of,
+    slope_of,
     store_rows,
 )
 from fastarch.kernels.product import multiply_add
@@ -66,23 +66,16 @@ def attention_bwd_q_kernel(
     ALIBI: tl.constexpr = slopes is not None
     DROPOUT: tl.constexpr = seed is not None
     for work in tl.range(tl.program_id(0), sequences * H * blocks, tl.num_programs(0), disable_licm=not HOIST):
-        block = work % blocks
-        h = work // blocks % H
-        b = work // blocks // H
+        block, h, b, memory_b, q_first, queries, k_first, _, keys, shift = place_of(
+            work, blocks, H, ends_q, ends_k, lengths_k, Lq, Lk, LOWER_RIGHT
+        )
         if RIGHT:
             block = blocks - 1 - block
-        q_first, queries = sequence_of(b, ends_q, Lq)
-        k_first, keys = sequence_of(b, ends_k, Lk)
-        keys = keys_of(b, lengths_k, keys)
-        memory_b = b if ends_q is None else b * 0
-        shift = keys - queries if LOWER_RIGHT else 0
         start_m = block * BLOCK_M
         if start_m < queries:
             i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
             exists = i < queries - start_m
-            slope = 0.0
-            if ALIBI:
-                slope = tl.load(slopes + b * slopes_b + h)
+            slope = slope_of(b, h, slopes, slopes_b)
             of_head = mask
             if mask is not None:
                 of_head = mask + far(b, mask_b) + far(h, mask_h)
@@ -149,14 +142,10 @@ def attention_bwd_kv_kernel(
     DROPOUT: tl.constexpr = seed is not None
     heads = H // group
     for work in tl.range(tl.program_id(0), sequences * heads * blocks, tl.num_programs(0), disable_licm=not HOIST):
-        block = work % blocks  # bounded on the right, the keys that the most queries meet come first as they are
-        h_k = work // blocks % heads
-        b = work // blocks // heads
-        q_first, queries = sequence_of(b, ends_q, Lq)
-        k_first, tokens = sequence_of(b, ends_k, Lk)
-        keys = keys_of(b, lengths_k, tokens)
-        memory_b = b if ends_q is None else b * 0
-        shift = keys - queries if LOWER_RIGHT else 0
+        # bounded on the right, the keys that the most queries meet come first as they are
+        block, h_k, b, memory_b, q_first, queries, k_first, tokens, keys, shift = place_of(
+            work, blocks, heads, ends_q, ends_k, lengths_k, Lq, Lk, LOWER_RIGHT
+        )
         start_n = block * BLOCK_N
         if start_n < tokens:
             i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -176,9 +165,7 @@ def attention_bwd_kv_kernel(
                 for t in tl.range(0, group * number, disable_licm=not HOIST):
                     h = h_k * group + t // number
                     start_m = block_number(met, t % number, EDGE) * BLOCK_M
-                    slope = 0.0
-                    if ALIBI:
-                        slope = tl.load(slopes + b * slopes_b + h)
+                    slope = slope_of(b, h, slopes, slopes_b)
                     of_head = mask
                     if mask is not None:
                         of_head = mask + far(b, mask_b) + far(h, mask_h)

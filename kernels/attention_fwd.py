@@ -13,11 +13,11 @@ from fastarch.kernels.attention_score import (
     blocks_met,
     far,
     kept,
-    keys_of,
     load_rows,
     number_of_blocks,
+    place_of,
     score,
-    sequence_of,
+    slope_of,
     store_rows,
 )
 from fastarch.kernels.product import multiply_add
@@ -67,22 +67,15 @@ def attention_fwd_kernel(
     ALIBI: tl.constexpr = slopes is not None
     DROPOUT: tl.constexpr = seed is not None
     for work in tl.range(tl.program_id(0), sequences * H * blocks, tl.num_programs(0), disable_licm=not HOIST):
-        block = work % blocks
-        h = work // blocks % H
-        b = work // blocks // H
+        block, h, b, memory_b, q_first, queries, k_first, _, keys, shift = place_of(
+            work, blocks, H, ends_q, ends_k, lengths_k, Lq, Lk, LOWER_RIGHT
+        )
         if RIGHT:
             block = blocks - 1 - block
-        q_first, queries = sequence_of(b, ends_q, Lq)
-        k_first, keys = sequence_of(b, ends_k, Lk)
-        keys = keys_of(b, lengths_k, keys)
-        memory_b = b if ends_q is None else b * 0
-        shift = keys - queries if LOWER_RIGHT else 0
         start_m = block * BLOCK_M
         if start_m < queries:
             i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-            slope = 0.0
-            if ALIBI:
-                slope = tl.load(slopes + b * slopes_b + h)
+            slope = slope_of(b, h, slopes, slopes_b)
             of_head = mask
             if mask is not None:
                 of_head = mask + far(b, mask_b) + far(h, mask_h)

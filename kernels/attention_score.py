@@ -16,6 +16,19 @@ def far(index, stride):
 
 
 @triton.jit
+def place_of(work, blocks, heads, ends_q, ends_k, lengths_k, Lq, Lk, LOWER_RIGHT: tl.constexpr):
+    """Of the work of a program its block, head and sequence, the latter in memory; first query and queries, first key,
+    keys in memory and keys that count; and how far the diagonal is shifted."""
+    b = work // blocks // heads
+    q_first, queries = sequence_of(b, ends_q, Lq)
+    k_first, tokens = sequence_of(b, ends_k, Lk)
+    keys = keys_of(b, lengths_k, tokens)
+    memory_b = b if ends_q is None else b * 0
+    shift = keys - queries if LOWER_RIGHT else 0
+    return work % blocks, work // blocks % heads, b, memory_b, q_first, queries, k_first, tokens, keys, shift
+
+
+@triton.jit
 def sequence_of(b, ends, length):
     """First token and tokens of sequence b: of all `length`, or by the ends of packed ones, which are not trusted."""
     if ends is None:
@@ -32,6 +45,15 @@ def keys_of(b, lengths_k, keys):
         return keys
     else:
         return tl.minimum(tl.maximum(tl.load(lengths_k + b), 0), keys)
+
+
+@triton.jit
+def slope_of(b, h, slopes, stride_b):
+    """ALiBi's."""
+    if slopes is None:
+        return 0.0
+    else:
+        return tl.load(slopes + b * stride_b + h)
 
 
 @triton.jit
