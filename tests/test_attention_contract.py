@@ -185,6 +185,23 @@ def test_autocast():
     assert torch.autograd.grad(o.float().sum(), q)[0].dtype == torch.float32
 
 
+def test_autocast_of_the_other_operations():
+    q, k, v = (torch.randn(2, 3, 20, 16) for _ in range(3))
+    ends = torch.tensor([0, 2], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention_decode(q, k.bfloat16(), v).dtype == torch.bfloat16
+        o = attention_varlen(q[:, :, 0], k[:, :, 0].bfloat16(), v[:, :, 0], ends, ends, 2, 2)
+    assert o.dtype == torch.bfloat16
+
+
+def test_the_reference_is_of_float32_inside_under_autocast():
+    q, k, v = (torch.randn(2, 3, 20, 16).bfloat16() for _ in range(3))
+    with fastarch.reference():
+        want = scaled_dot_product_attention(q, k, v)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(scaled_dot_product_attention(q, k, v), want)
+
+
 def test_transforms_go_through_the_reference():
     q, k, v = torch.randn(3, 4, 2, 5, 8, dtype=torch.float64)
     f = lambda q: scaled_dot_product_attention(q, k[0], v[0], is_causal=True)  # noqa: E731

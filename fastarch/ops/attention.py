@@ -251,7 +251,8 @@ def attend(operation, q, k, v, mask, alibi_slopes, cu_seqlens, seqlens_k, length
     # from torch's generator, so that torch.manual_seed and activation checkpointing reproduce it
     seed = torch.randint(2**63 - 1, (1,), device=q.device) if options[-1] else None
     if algorithm == REFERENCE:
-        return reference(q, k, v, mask, alibi_slopes, *cu_seqlens, seqlens_k, seed, *options)
+        with autocast.done(q.device.type):
+            return reference(q, k, v, mask, alibi_slopes, *cu_seqlens, seqlens_k, seed, *options)
     alibi_slopes = None if alibi_slopes is None else alibi_slopes.detach().float()
     tensors = (q, k, v, mask, alibi_slopes, *cu_seqlens, seqlens_k, seed)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask)):
@@ -373,6 +374,12 @@ def scaled_dot_product_attention(
     return (output, lse) if return_lse else output
 
 
+def cast(q, k, v) -> tuple:
+    """As autocast wants them; what is no tensor is told of later."""
+    tensors = all(isinstance(t, Tensor) for t in (q, k, v))
+    return autocast.cast(q.device.type, q, k, v) if tensors else (q, k, v)
+
+
 def autocasts(t: Tensor) -> bool:
     """Whether tensors may differ in dtype, for they are about to be cast."""
     return torch.amp.is_autocast_available(t.device.type) and torch.is_autocast_enabled(t.device.type)
@@ -435,7 +442,7 @@ def attention_varlen(
     Precision, sources and routes as scaled_dot_product_attention.
     """
     name = "attention_varlen"
-    q, k, v = autocast.cast(q.device.type, q, k, v) if all(isinstance(t, Tensor) for t in (q, k, v)) else (q, k, v)
+    q, k, v = cast(q, k, v)
     check_tensor(name, "query", q)
     check_tensor(name, "key", k, q)
     check_tensor(name, "value", v, q)
@@ -502,6 +509,7 @@ def attention_decode(
     sources as scaled_dot_product_attention; Dao et al. 2023, "Flash-Decoding", for the parts.
     """
     name = "attention_decode"
+    q, k_cache, v_cache = cast(q, k_cache, v_cache)
     check_tensor(name, "query", q)
     check_tensor(name, "k_cache", k_cache, q)
     check_tensor(name, "v_cache", v_cache, q)
