@@ -34,11 +34,13 @@ $(READY): $(SOURCES)
 demo: $(READY)
 	$(BIN)/fastarch demo $(ARGS)
 
-# Each instruction set that this machine has; the GPU kernels interpreted, in processes of their own. Nothing but the
-# first part looks at the clock or needs several threads by default: the others share the cores test by test.
+# Each instruction set that this machine has; the GPU kernels interpreted, in processes of their own. Tests share the
+# cores one by one, but for those that look at the clock or at memory, or take all cores themselves.
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
+ALONE := $(addprefix tests/,test_cli.py test_examples.py test_import.py test_memory.py test_triton_ahead_of_time.py)
 test: $(READY)
-	$(BIN)/pytest tests --ignore tests/interpreted $(ARGS)
+	$(BIN)/pytest $(ALONE) $(ARGS)
+	$(SIDE_BY_SIDE) tests --ignore tests/interpreted $(addprefix --ignore ,$(ALONE)) $(ARGS)
 	FASTARCH_CPU_ISA=avx2 $(SIDE_BY_SIDE) $(CPU_TESTS) $(ARGS)
 	FASTARCH_CPU_ISA=generic $(SIDE_BY_SIDE) $(CPU_TESTS) $(ARGS)
 	TRITON_INTERPRET=1 $(SIDE_BY_SIDE) tests/interpreted $(ARGS)

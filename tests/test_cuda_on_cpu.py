@@ -291,6 +291,13 @@ def test_whatever_is_routed_here_fits(monkeypatch, data):
     bwd(y, x, w, index, geometry)
 
 
+def test_large_dilated_filters_are_not_routed_here(monkeypatch):
+    monkeypatch.setattr(extension, "cuda", extension)
+    for stride, dilation in (((1, 6), (1, 6)), ((1, 1), (1, 8))):
+        geometry = Geometry(stride, (0, 0), dilation, 1, "max", (1, 1), (1, 1), (0, 0), False)
+        assert route("cuda", torch.float32, 1, (1, 1, 18, 17), geometry).kernel == "library"
+
+
 def test_errors():
     x, w, b, dy, g = inputs(CASES["lenet_c1"])
     _, index = fwd(x, w, b, g)

@@ -291,8 +291,10 @@ def route_cuda(dtype: torch.dtype, outputs: int, weight: tuple[int, ...], geomet
         return Route(REFERENCE, f"no CUDA kernel for {dtype}")
     (K, C, R, S), groups, terms = weight, geometry.groups, math.prod(weight[1:])
     footprint = geometry.footprint((R, S))
-    # what surely fits the direct kernels' shared memory
-    small = terms <= 512 and max(footprint) <= 128 and C * math.prod(footprint) <= 4096 and max(geometry.stride) <= 8
+    # What surely fits the direct kernels' shared memory: none of 201,812 drawn geometries did not. With strides up to 8
+    # and any dilation 871 of 185,184 did not.
+    small = terms <= 512 and max(footprint) <= 128 and C * math.prod(footprint) <= 4096 and max(geometry.stride) <= 4
+    small = small and (geometry.dilation == (1, 1) or max(R, S) <= 8)
     if extension.cuda is not None and groups == 1 and C <= 4 and small:
         return Route("direct", "few input channels starve tensor cores")
     if K // groups < 16:
