@@ -278,10 +278,13 @@ def test_whatever_is_routed_here_fits(monkeypatch, data):
     def pair(least, most):
         return data.draw(st.tuples(st.integers(least, most), st.integers(least, most)))
 
+    dilated = data.draw(st.booleans())  # half of them not, for of large dilated filters few are routed here
     geometry = Geometry(
-        pair(1, 9), (0, 0), pair(1, 40), 1, "max", pair(1, 15), pair(1, 20), (0, 0), data.draw(st.booleans())
+        *(pair(1, 5), (0, 0), pair(1, 40) if dilated else (1, 1), 1),
+        *("max", pair(1, 15), pair(1, 20), (0, 0), data.draw(st.booleans())),
     )
-    w = torch.zeros(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5)), *pair(1, 24))
+    size = pair(1, 9) if dilated else pair(1, 24)
+    w = torch.zeros(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5)), *size)
     monkeypatch.setattr(extension, "cuda", extension)
     chosen = route("cuda", torch.float32, 1, tuple(w.shape), geometry).kernel
     size = geometry.footprint(w.shape[2:])
