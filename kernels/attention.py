@@ -25,8 +25,9 @@ class Tile(NamedTuple):
 
 # By kernel, dtype (half: bfloat16 and float16) and the larger of both heads' sizes, at most: the first where everything
 # is read by descriptors, or on sm_80 by vectors, and there are no options; the second with a mask, dropout, a soft cap,
-# ALiBi or ends of sequences. Every warp has 16 rows of its own, the fewest that tensor cores take. On sm_90 and later
-# nothing spills but float32 by three products; on sm_80 options and the widest heads do, too: tests/
+# ALiBi or ends of sequences. Every warp has 16 rows of its own, the fewest that tensor cores take. On sm_90 half spills
+# nothing. Float32 in TF32 spills 64 bytes there and half 24 on sm_100, each in heads of 256 with every option at once;
+# float32 by three products spills everywhere; on sm_80 options in the backward and heads of 256 do: tests/
 # test_triton_ahead_of_time.py. Speed: not measured; no GPU was at hand when they were chosen (2026-11-26).
 TILES = {
     ("fwd", "half", 64): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
@@ -251,8 +252,8 @@ def prepare(p: Problem, like_output: tuple = (), like_lse: tuple = ()) -> Proble
         ("cu_seqlens_k", p.cu_seqlens_k, ends, torch.int32),
         ("seqlens_k", p.seqlens_k, None if packed else (B,), torch.int32),
         ("seed", p.seed, (1,), torch.int64),
-        *(("output's gradient", t, (B, H, Lq, Dv), p.q.dtype) for t in like_output),
-        *(("lse's gradient", t, (B, H, Lq), torch.float32) for t in like_lse),
+        *(("output and its gradient", t, (B, H, Lq, Dv), p.q.dtype) for t in like_output),
+        *(("lse and its gradient", t, (B, H, Lq), torch.float32) for t in like_lse),
     ]
     for name, t, shape, dtype in wanted:
         if t is not None and (t.shape != shape or t.dtype != dtype):
@@ -270,7 +271,11 @@ def prepare(p: Problem, like_output: tuple = (), like_lse: tuple = ()) -> Proble
     if scale < 0:  # the forward's running maximum wants it positive
         q, scale = -q, -scale
     mask = p.mask if p.mask is None or max(p.mask.stride()[2:]) < FAR else p.mask.contiguous()
-    return p._replace(q=q, k=k, v=v, mask=mask, scale=scale)
+    vectors = {
+        name: t if t is None else t.contiguous()
+        for name, t in zip(p._fields[4:8], p[4:8])  # slopes, ends and lengths, which kernels read element by element
+    }
+    return p._replace(q=q, k=k, v=v, mask=mask, scale=scale, **vectors)
 
 
 def readable(t: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from closeness import assert_close
+from dispatched import Operations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastarch import extension, nn, ops, routing
 
@@ -150,19 +150,6 @@ def test_values_weights_and_gradients_as_near_as_those_of_torch(case, weights, d
         assert got.keys() == want.keys() == truth.keys()
         for name in truth:
             assert_close(name, got[name], want[name], truth[name])
-
-
-class Operations(TorchDispatchMode):
-    """The names of what PyTorch executes inside."""
-
-    def __enter__(self) -> list[str]:
-        super().__enter__()
-        self.names = []
-        return self.names
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

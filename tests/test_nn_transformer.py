@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 from closeness import assert_close
+from dispatched import Operations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastarch
@@ -149,19 +149,6 @@ def test_unbatched(kind):
     got, want = (run(m, inputs, {}) for m in (module, twin))
     for name in want:
         torch.testing.assert_close(got[name], want[name])
-
-
-class Operations(TorchDispatchMode):
-    """The names of what PyTorch executes inside."""
-
-    def __enter__(self) -> list[str]:
-        super().__enter__()
-        self.names = []
-        return self.names
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

@@ -144,6 +144,21 @@ def test_described_and_addressed_tensors_give_the_same(monkeypatch):
     assert all(torch.equal(got[name], value) for name, value in want.items())
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_slopes_of_any_strides():
+    """Kernels read them one after the other."""
+    case = Case(2, 4, 20, 30, 16, alibi=True)
+    drawn = draw(case, torch.float32)
+    slopes = drawn["alibi_slopes"]
+    for strided in (
+        torch.stack((slopes, slopes + 9), -1)[..., 0],
+        slopes.T.contiguous().T,
+        slopes[:1, :1].expand(2, 4),
+    ):
+        got, want = (run(ours, case, drawn | {"alibi_slopes": t}) for t in (strided, strided.contiguous()))
+        assert torch.equal(got["o"], want["o"])
+
+
 def test_what_is_copied_and_what_is_not():
     """TMA and vectors want steps of whole 16 bytes; a row is filled up with zeros."""
     t = torch.randn(2, 3, 5, 24)
