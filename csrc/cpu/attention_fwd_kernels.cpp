@@ -42,7 +42,6 @@ struct Forward {
     const Rows<T, Storage> q(q_at + (of.q + task.begin) * p.q_at.i, p.q_at.i, n, p.D, m.q);
     for (int64_t i = 0; i < n; i++) m.top[i] = -INFINITE<T>;
     for (int64_t e = 0; e < n * L; e += L) store(m.sum + e, Vec<T>{});
-    for (int64_t e = 0; e < n * width; e += L) store(m.output + e, Vec<T>{});
 
     const int64_t begin = reach_of(p, of, task.begin).begin, end = reach_of(p, of, task.end - 1).end;
     for (int64_t j = begin / KEY_TILE * KEY_TILE; j < end; j += KEY_TILE) {
@@ -61,6 +60,7 @@ struct Forward {
     if (keys.begin >= keys.end) return;
     const int64_t before = keys.begin - tile.begin, count = keys.end - keys.begin, vectors = vectors_of<T>(count);
     const int64_t width = padded<T>(p.Dv);
+    const bool first = tile.begin <= reach_of(p, of, task.begin + i).begin;  // nothing is in their output yet
     multiply<false>(false, n, p.D, q.data + i * q.step, q.step, m.keys + before * p.D, p.D * PANEL<T>, vectors,
                     m.scores, KEY_TILE);
     const bool modifies = modifies_scores(p);
@@ -68,14 +68,14 @@ struct Forward {
       T* s = m.scores + (r - i) * KEY_TILE;
       if (modifies) modify_scores<T, Storage>(p, of, task.h, task.begin + r, keys.begin, vectors * L, s, nullptr);
       keep_reach(reach_of(p, of, task.begin + r), keys.begin, vectors * L, s);
-      softmax<T>(vectors, s, m.top[r], m.sum + r * L, m.output + r * width, width);
+      softmax<T>(vectors, s, m.top[r], m.sum + r * L, m.output + r * width, first ? 0 : width);
       if (p.dropout > 0) {  // by words of 64 keys
         const int64_t first = keys.begin / 64 * 64, skip = keys.begin - first;
         dropout_factors(p, of, task.h, task.begin + r, first, skip + count, m.factors);
         for (int64_t j = 0; j < count; j++) s[j] *= m.factors[skip + j];
       }
     }
-    multiply<false>(true, n, count, m.scores, KEY_TILE, m.values + before * PANEL<T>, KEY_TILE * PANEL<T>,
+    multiply<false>(!first, n, count, m.scores, KEY_TILE, m.values + before * PANEL<T>, KEY_TILE * PANEL<T>,
                     vectors_of<T>(p.Dv), m.output + i * width, width);
   }
 
@@ -87,8 +87,8 @@ struct Forward {
       const int64_t i = of.q + task.begin + r;
       const T sum = across<T>(load(m.sum + r * L), [](Vec<T> a, Vec<T> b) { return a + b; });
       T* row = m.output + r * width;
-      const T inverse = sum == 0 ? T(0) : 1 / sum;
-      for (int64_t e = 0; e < width; e += L) store(row + e, load(row + e) * inverse);
+      const T inverse = 1 / sum;
+      for (int64_t e = 0; e < width; e += L) store(row + e, sum == 0 ? Vec<T>{} : load(row + e) * inverse);
       copy_row(o + i * p.o_at.i, row, p.Dv);
       lse[i] = sum == 0 ? -INFINITE<T> : T(m.top[r] * LN_2 + __builtin_log(double(sum)));
     }

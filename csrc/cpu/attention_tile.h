@@ -41,7 +41,7 @@ FASTARCH_INLINE int64_t vectors_of(int64_t n) {
 }
 
 // So many terms are summed one after the other; then such sums are, which keeps rounding from growing with n.
-constexpr int64_t CHAIN = 32;
+constexpr int64_t CHAIN = 64;
 
 // c[r][..] (+)= sum_i x(r, i) w[i][..] for P rows, V vectors; ACROSS: x(r, i) = x[i * step + r], else x[r * step + i].
 template <class T, int P, int V, bool ACROSS>
@@ -156,23 +156,30 @@ struct Rows {
   }
 };
 
-// The lanes' sum or maximum, by halves.
-template <class T, class Combine>
-FASTARCH_INLINE T across(Vec<T> v, Combine combine) {
+// Lane i ^ DISTANCE at lane i. The distance is a template's: from a variable GCC builds the lanes' numbers one by one.
+template <int DISTANCE, class T>
+FASTARCH_INLINE Vec<T> exchange(Vec<T> v) {
   constexpr int L = LANES<T>;
-#pragma GCC unroll 4
-  for (int half = L / 2; half >= 1; half /= 2) {
-    Vec<T> other;
 #if defined(__clang__)
-    for (int i = 0; i < L; i++) other[i] = v[i ^ half];
+  Vec<T> other;
+  for (int i = 0; i < L; i++) other[i] = v[i ^ DISTANCE];
+  return other;
 #else
-    Vec<IntOf<T> > from;
-    for (int i = 0; i < L; i++) from[i] = i ^ half;
-    other = __builtin_shuffle(v, from);
+  Vec<IntOf<T>> from;
+  for (int i = 0; i < L; i++) from[i] = i ^ DISTANCE;
+  return __builtin_shuffle(v, from);
 #endif
-    v = combine(v, other);
+}
+
+// The lanes' sum or maximum, by halves.
+template <class T, int HALF = LANES<T> / 2, class Combine>
+FASTARCH_INLINE T across(Vec<T> v, Combine combine) {
+  const Vec<T> half = combine(v, exchange<HALF, T>(v));
+  if constexpr (HALF == 1) {
+    return half[0];
+  } else {
+    return across<T, HALF / 2>(half, combine);
   }
-  return v[0];
 }
 
 template <class T>
@@ -239,7 +246,11 @@ void modify_scores(const Attention& p, const Sequence& of, int64_t h, int64_t i,
   const int64_t at = of.b * p.mask_b + h * p.mask_h + i * p.mask_i + first * p.mask_j, m = least(n, of.keys - first);
   if (p.mask_type == BOOLEAN) {
     const uint8_t* mask = static_cast<const uint8_t*>(p.mask) + at;
-    for (int64_t j = 0; j < m; j++) s[j] = mask[j * p.mask_j] ? s[j] : -INFINITE<T>;
+    if (p.mask_j == 1) {  // as vectors
+      for (int64_t j = 0; j < m; j++) s[j] = mask[j] ? s[j] : -INFINITE<T>;
+    } else if (!*mask) {
+      for (int64_t j = 0; j < m; j++) s[j] = -INFINITE<T>;
+    }
   } else if (p.mask_type == AS_INPUT) {
     add_mask(static_cast<const Storage*>(p.mask) + at, p.mask_j, m, s);
   } else {
@@ -247,13 +258,18 @@ void modify_scores(const Attention& p, const Sequence& of, int64_t h, int64_t i,
   }
 }
 
-// s becomes 2^(s - top), top being the largest so far; what was summed under a smaller one is scaled to it.
+// How far a score, in units of log 2, may lie above top: that costs no accuracy, and after its first tile a row hardly
+// ever has to be scaled again (Zadouri et al., FlashAttention-4).
+constexpr int SLACK = 8;
+
+// s becomes 2^(s - top), top being the largest so far or SLACK below it; sum and output, of `width` elements, were added
+// up under the top before and are scaled to the new one.
 template <class T>
 FASTARCH_INLINE void softmax(int64_t vectors, T* s, T& top, T* sum, T* output, int64_t width) {
   Vec<T> highest = load(s);
   for (int64_t v = 1; v < vectors; v++) highest = larger<T>(highest, load(s + v * LANES<T>));
   const T high = across<T>(highest, larger<T>);
-  if (high > top) {
+  if (high > top + SLACK) {
     const Vec<T> down = exp2<T>(splat<T>(top - high));
     for (int64_t e = 0; e < width; e += LANES<T>) store(output + e, load(output + e) * down);
     store(sum, load(sum) * down);
