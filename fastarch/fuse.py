@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastarch.fusion import chains, programs, swaps
+from fastarch.fusion import attention, chains, programs, swaps
 from fastarch.fusion.tracing import Refused
 
 REPORT = "fastarch_fusions"  # the attribute of a fused model that `fusions` reads
@@ -51,10 +51,13 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         BatchNorm -> [sum with another value] -> ReLU
         scaled_dot_product_attention
 
-    Such a module gets a class of its own, derived from the one it had. Its forward runs the graph where that surely
-    gives the same, and otherwise, for other arguments or after changes, what the user wrote. What may differ (control
-    flow on values, hooks on the layers of a chain, subclasses, weights that are computed) is left alone, and
-    `fusions(model)` says why.
+    A model of Hugging Face's transformers that is on "sdpa" gets our attention (fastarch.integrations.transformers)
+    through its config, which is changed in place with the model.
+
+    A module with such chains gets a class of its own, derived from the one it had. Its forward runs the graph where
+    that surely gives the same, and otherwise, for other arguments or after changes, what the user wrote. What may
+    differ (control flow on values, hooks on the layers of a chain, subclasses, weights that are computed) is left
+    alone, and `fusions(model)` says why.
 
     Args:
         inplace: change the model itself. Otherwise it stays as it is, and the result is a copy of its modules that
@@ -66,7 +69,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Differences that remain: dropout in attention and between the layers of a GRU drops other elements; a GRU is no
     torch.nn.GRU to isinstance; TransformerEncoder gives numbers at padding, where torch in evaluation may give 0; hooks
-    of all modules (torch.nn.modules.module.register_module_forward_hook) do not see the layers of a chain.
+    of all modules (torch.nn.modules.module.register_module_forward_hook) do not see the layers of a chain; a model of
+    transformers that is asked for attention weights raises, where on "sdpa" it returns none of them.
 
     Raises:
         TypeError: no torch.nn.Module.
@@ -79,6 +83,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers(), *loose)})
     unfuse(model)
     report, layers, forwards = Fusions(), list(swaps.candidates(model)), []
+    attentions = [(path, module, attention.why_left(module)) for path, module in attention.models(model)]
     for path, module in model.named_modules():
         path, name = path or "(model)", type(module).__name__
         if chains.is_worth_tracing(module):
@@ -97,6 +102,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         report.append(Fusion(path or "(model)", name, "" if reason else f"fastarch.nn.{name}", reason or ""))
         if reason is None:
             swaps.swap(module)
+    for path, module, reason in attentions:
+        report.append(Fusion(path or "(model)", "attention of transformers", "" if reason else "ours", reason or ""))
+        if reason is None:
+            attention.change(module)
     for module, made in forwards:
         programs.install(module, made)
     order = {path or "(model)": place for place, (path, _) in enumerate(model.named_modules())}
@@ -112,6 +121,8 @@ def unfuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if swaps.MARK in module.__dict__ and (type(module) in swaps.OURS or programs.is_rewritten(module)):
             swaps.restore(module)
+        if attention.MARK in module.__dict__:
+            attention.restore(module)
         module.__dict__.pop(REPORT, None)
     return model
 
