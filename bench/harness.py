@@ -47,7 +47,8 @@ class Case(NamedTuple):
 
     def in_float64(self) -> "Case":
         reference = copy.deepcopy(self.reference).double()
-        return self._replace(reference=reference, inputs=tuple(t.double() for t in self.inputs))
+        inputs = tuple(t.double() if t.is_floating_point() else t for t in self.inputs)
+        return self._replace(reference=reference, inputs=inputs)
 
 
 class Timing(NamedTuple):
