@@ -3,14 +3,17 @@
 python docs/records.py prints the summary.
 """
 
+import importlib.util
 import json
 import statistics
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-from markdown import OURS, table  # noqa: E402  (bench/markdown.py)
+# by its path: MkDocs itself has a module of the name `markdown`
+spec = importlib.util.spec_from_file_location("bench_markdown", ROOT / "bench/markdown.py")
+bench_markdown = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench_markdown)
+OURS, table = bench_markdown.OURS, bench_markdown.table
 
 FAMILIES = {
     "conv_relu_pool": "Convolution, ReLU, pool",
@@ -46,7 +49,8 @@ def best_ratio(result: dict) -> float:
 
 def summary() -> str:
     """Per family, machine and mode, the ratio to the fastest peer: geometric mean, least, and where that is."""
-    lines = ["| fastest peer's time / fastarch's | machine | | geometric mean | least | cases |", "|---|---|---|---|---|---|"]
+    lines = ["| fastest peer's time / fastarch's | machine | | geometric mean | least | cases |"]
+    lines.append("|---|---|---|---|---|---|")
     for family, title in FAMILIES.items():
         for record in records(family):
             about = record["machine"]

@@ -30,10 +30,10 @@ def test_python(page, capsys):
 def test_shell_commands_exist(page):
     from typer.main import get_command
 
-    from fastarch.cli import app
+    from fastarch.cli import main
 
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    known = {"make": targets, "fastarch": get_command(app).commands}
+    known = {"make": targets, "fastarch": get_command(main).commands}
     for line in "".join(blocks("sh")[page]).splitlines():
         program, command, *_ = line.split()
         assert command in known[program], line
