@@ -81,7 +81,7 @@ gpu:
 	$(PYTHON) -m fastarch.cli bench attention
 
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv $(CUDA) build dist out site *.egg-info fastarch/*.so .pytest_cache .ruff_cache .hypothesis
