@@ -7,6 +7,7 @@
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make cuda-build  compile and link the CUDA extension, without a GPU
 #   make gpu         build in place with the system's python3, then tests and benchmarks on its GPU
+#   make docs        the pages of docs/, in site/
 #   make clean
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ PEERS := onnx onnxruntime onnxscript openvino
 # `kernels/` and `fastarch/` must be found where they are installed, never because of the current directory
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test bench lint sanitize cuda-build gpu clean
+.PHONY: demo test bench lint sanitize cuda-build gpu docs clean
 
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -79,5 +80,8 @@ gpu:
 	$(PYTHON) -m fastarch.cli bench gru
 	$(PYTHON) -m fastarch.cli bench attention
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv $(CUDA) build dist out *.egg-info fastarch/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(CUDA) build dist out site *.egg-info fastarch/*.so .pytest_cache .ruff_cache .hypothesis
