@@ -165,7 +165,7 @@ FASTARCH_INLINE Vec<T> exchange(Vec<T> v) {
   for (int i = 0; i < L; i++) other[i] = v[i ^ DISTANCE];
   return other;
 #else
-  Vec<IntOf<T>> from;
+  Vec<IntOf<T> > from;
   for (int i = 0; i < L; i++) from[i] = i ^ DISTANCE;
   return __builtin_shuffle(v, from);
 #endif
@@ -262,8 +262,8 @@ void modify_scores(const Attention& p, const Sequence& of, int64_t h, int64_t i,
 // ever has to be scaled again (Zadouri et al., FlashAttention-4).
 constexpr int SLACK = 8;
 
-// s becomes 2^(s - top), top being the largest so far or SLACK below it; sum and output, of `width` elements, were added
-// up under the top before and are scaled to the new one.
+// s becomes 2^(s - top), top being the largest so far or SLACK below it; sum and output, of `width` elements, were
+// added up under the top before and are scaled to the new one.
 template <class T>
 FASTARCH_INLINE void softmax(int64_t vectors, T* s, T& top, T* sum, T* output, int64_t width) {
   Vec<T> highest = load(s);
