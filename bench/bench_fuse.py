@@ -6,24 +6,11 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
-from harness import Case
+from harness import Case, First, whole_network
 from model_twins import TWINS, TorchSequenceClassifier
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastarch
-
-
-class First(nn.Module):
-    """A model of one input, and the first of its results."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.model(x)
-        return y if isinstance(y, Tensor) else y[0]
 
 
 class Translator(nn.Module):
@@ -88,13 +75,7 @@ def case(name: str, workload: Workload, mode: str, device: torch.device) -> Case
     for dropout in (m for m in reference.modules() if isinstance(m, nn.Dropout)):
         dropout.p = 0.0
     x = torch.randint(1000, workload.shape) if workload.tokens else torch.randn(workload.shape)
-    x = x.to(device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        y = reference(x)
-    moved = sum(p.nbytes for p in reference.parameters()) + x.nbytes + y.nbytes
-    ours = fastarch.fuse(reference)
-    flops = counter.get_total_flops()
-    return Case(name, ours, reference, (x,), flops, moved, layers=10, of_inputs=False, in_any_format=len(x.shape) == 4)
+    return whole_network(name, fastarch.fuse(reference), reference, x.to(device))
 
 
 @pytest.mark.parametrize("mode", ["training", "inference"])

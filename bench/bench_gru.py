@@ -2,22 +2,11 @@
 
 import pytest
 import torch
-from harness import Case
-from torch import Tensor, nn
+from harness import Case, First
+from torch import nn
 from workloads import GRU, GRUS
 
 import fastarch
-
-
-class Output(nn.Module):
-    """The output of every step alone."""
-
-    def __init__(self, gru: nn.Module):
-        super().__init__()
-        self.gru = gru
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gru(x)[0]
 
 
 def case(name: str, workload: GRU, device: torch.device) -> Case:
@@ -26,7 +15,7 @@ def case(name: str, workload: GRU, device: torch.device) -> Case:
     ours = fastarch.nn.GRU(C, H, layers, bidirectional=bidirectional)
     ours.load_state_dict(reference.state_dict())
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ours, reference = (Output(gru).to(device, dtype) for gru in (ours, reference))
+    ours, reference = (First(gru).to(device, dtype) for gru in (ours, reference))
     x = torch.randn(T, N, C).to(device, dtype)
     weights = [p for p in reference.parameters() if p.dim() == 2]
     moved = (

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from harness import Case
+from harness import Case, whole_network
 from model_twins import TWINS
-from torch.utils.flop_counter import FlopCounterMode
 from workloads import MODELS
 
 import fastarch
@@ -14,15 +13,9 @@ def case(name: str, image: tuple[int, ...], batch: int, mode: str, device: torch
     ours = getattr(fastarch.models, name)().to(device)
     reference = TWINS[name]().to(device)
     reference.load_state_dict(ours.state_dict())
-    images = torch.randn(batch, *image, device=device)
     for model in (ours, reference):
         model.train(mode == "training")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        y = reference(images)
-    moved = sum(p.nbytes for p in ours.parameters()) + images.nbytes + y.nbytes
-    return Case(
-        f"{name} {batch}x", ours, reference, (images,), counter.get_total_flops(), moved, layers=10, of_inputs=False
-    )
+    return whole_network(f"{name} {batch}x", ours, reference, torch.randn(batch, *image, device=device))
 
 
 @pytest.mark.parametrize(("mode", "batch"), [("training", 8), ("inference", 1), ("inference", 8)])

@@ -12,6 +12,7 @@ import torch
 from floors import machine, measured
 from rich.console import Console
 from rich.table import Table
+from tables import OURS, best_peer
 
 from fastarch.demo import saved_bytes
 
@@ -55,7 +56,7 @@ def compare(request, benchmark):
         runs = harness.providers(case, mode, chosen)
         harness.check(runs, case, mode)
         timings = harness.time_all(runs, case.device, request.config.getoption("budget"))
-        benchmark.pedantic(runs[harness.OURS], rounds=5, iterations=10)
+        benchmark.pedantic(runs[OURS], rounds=5, iterations=10)
 
         floors, flops, moved = measured(case.device), case.flops, case.moved
         if mode == "training":
@@ -75,11 +76,6 @@ def compare(request, benchmark):
         request.config.stash[RESULTS].append(result)
 
     return run
-
-
-def best_peer(result: dict) -> str:
-    others = {name: t for name, t in result["timings"].items() if not name.startswith(harness.OURS)}
-    return min(others, key=lambda name: others[name]["seconds"])
 
 
 def pytest_terminal_summary(config):
@@ -121,7 +117,7 @@ def table(mode: str, results: list[dict]) -> Table:
         view.add_column(column, justify="left" if column == "case" else "right")
     ratios = []
     for r in results:
-        peer, ours = best_peer(r), r["timings"][harness.OURS]["seconds"]
+        peer, ours = best_peer(r), r["timings"][OURS]["seconds"]
         t = r["timings"][peer]
         ratios.append(t["ratio"])
         saved = f"{r['saved_bytes'] / r['eager_saved_bytes']:.0%}" if "saved_bytes" in r else ""
@@ -146,7 +142,7 @@ def plot(results: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(len(modes), 1, figsize=(11, 4 * len(modes)), squeeze=False, constrained_layout=True)
     for axis, mode in zip(axes[:, 0], modes):
         chosen = [r for r in results if r["mode"] == mode]
-        others = [n for n in dict.fromkeys(n for r in chosen for n in r["timings"]) if not n.startswith(harness.OURS)]
+        others = [n for n in dict.fromkeys(n for r in chosen for n in r["timings"]) if not n.startswith(OURS)]
         for i, name in enumerate(others):
             t = [r["timings"][name] for r in chosen]
             x = [j + (i - (len(others) - 1) / 2) * 0.8 / len(others) for j in range(len(chosen))]

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import peers
 import torch
+from tables import OURS
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 ROUNDS = 15
 ROUND_SECONDS = 0.02  # the least that one provider is timed for in a round
@@ -21,7 +23,6 @@ PAUSE_SECONDS = 0.005  # lets the threads of the provider before stop spinning
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (1e-2, 0.1), torch.float16: (2e-3, 0.05)}
 L2_BYTES = 256 * 2**20  # written between two timed calls on a GPU: more than any L2 holds
 
-OURS = "fastarch"
 OURS_CHANNELS_LAST = "fastarch channels_last"
 OURS_COMPILED = "fastarch compile"
 
@@ -49,6 +50,27 @@ class Case(NamedTuple):
         reference = copy.deepcopy(self.reference).double()
         inputs = tuple(t.double() if t.is_floating_point() else t for t in self.inputs)
         return self._replace(reference=reference, inputs=inputs)
+
+
+class First(nn.Module):
+    """A model of one input, and the first of its results."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.model(x)
+        return y if isinstance(y, Tensor) else y[0]
+
+
+def whole_network(name: str, ours: nn.Module, reference: nn.Module, x: Tensor) -> Case:
+    """Every parameter is read, the input read and the output written, whatever stands between."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        y = reference(x)
+    moved = sum(p.nbytes for p in reference.parameters()) + x.nbytes + y.nbytes
+    flops = counter.get_total_flops()
+    return Case(name, ours, reference, (x,), flops, moved, layers=10, of_inputs=False, in_any_format=x.dim() == 4)
 
 
 class Timing(NamedTuple):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastarch.fusion import attention, chains, programs, swaps
+from fastarch.fusion import chains, programs, swaps, transformers
 from fastarch.fusion.tracing import Refused
 
 REPORT = "fastarch_fusions"  # the attribute of a fused model that `fusions` reads
@@ -51,13 +51,13 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         BatchNorm -> [sum with another value] -> ReLU
         scaled_dot_product_attention
 
-    A model of Hugging Face's transformers that is on "sdpa" gets our attention (fastarch.integrations.transformers)
-    through its config, which is changed in place with the model.
-
     A module with such chains gets a class of its own, derived from the one it had. Its forward runs the graph where
     that surely gives the same, and otherwise, for other arguments or after changes, what the user wrote. What may
     differ (control flow on values, hooks on the layers of a chain, subclasses, weights that are computed) is left
     alone, and `fusions(model)` says why.
+
+    A model of Hugging Face's transformers that is on "sdpa" gets our attention (fastarch.integrations.transformers)
+    by the name of it in its config.
 
     Args:
         inplace: change the model itself. Otherwise it stays as it is, and the result is a copy of its modules that
@@ -83,7 +83,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers(), *loose)})
     unfuse(model)
     report, layers, forwards = Fusions(), list(swaps.candidates(model)), []
-    attentions = [(path, module, attention.why_left(module)) for path, module in attention.models(model)]
+    attentions = [(path, module, transformers.why_left(module)) for path, module in transformers.models(model)]
     for path, module in model.named_modules():
         path, name = path or "(model)", type(module).__name__
         if chains.is_worth_tracing(module):
@@ -105,7 +105,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for path, module, reason in attentions:
         report.append(Fusion(path or "(model)", "attention of transformers", "" if reason else "ours", reason or ""))
         if reason is None:
-            attention.change(module)
+            transformers.change(module)
     for module, made in forwards:
         programs.install(module, made)
     order = {path or "(model)": place for place, (path, _) in enumerate(model.named_modules())}
@@ -114,15 +114,15 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undo `fuse`, in place: every module gets back the class that it had. Returns the model.
+    """Undo `fuse`, in place: modules get back the class, configs the attention that they had. Returns the model.
 
     A module that has become something else since (parametrized, say) stays what it is.
     """
     for module in model.modules():
         if swaps.MARK in module.__dict__ and (type(module) in swaps.OURS or programs.is_rewritten(module)):
             swaps.restore(module)
-        if attention.MARK in module.__dict__:
-            attention.restore(module)
+        if transformers.MARK in module.__dict__:
+            transformers.restore(module)
         module.__dict__.pop(REPORT, None)
     return model
 

@@ -76,7 +76,9 @@ CASES = [
     Case(2, 6, 50, 70, 40, Hkv=2),
     Case(2, 4, 33, 65, 16, Hkv=1, causal=True),
     Case(1, 2, 100, 60, 32, causal=True, lower_right=True),  # the first 40 queries have no keys
+    Case(1, 1, 200, 60, 24, causal=True, lower_right=True),  # whole tiles of rows have none
     Case(2, 2, 71, 90, 32, mask="bool bhij"),
+    Case(2, 2, 70, 90, 32, mask="bool bi"),
     Case(2, 2, 70, 90, 32, mask="bool bj"),
     Case(2, 2, 70, 90, 32, mask="float bhij"),
     Case(2, 2, 70, 90, 32, mask="float hij"),

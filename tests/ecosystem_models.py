@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import fastarch
 
@@ -50,6 +51,20 @@ def fused() -> nn.Module:
 KINDS = {"written": written, "fused": fused}
 
 
+class Computed(Dataset):
+    """Items that need our kernels."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model.eval()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> Tensor:
+        with torch.no_grad():
+            return self.model(torch.full((1, 1, 12, 12), float(i)))
+
+
 def batches(steps: int, size: int = 6) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
@@ -73,3 +88,9 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, st
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     return copy.deepcopy(model.state_dict())
+
+
+def train_shared(model: nn.Module) -> None:
+    """What another process does with a model whose parameters are in shared memory."""
+    torch.set_num_threads(1)
+    trained(model)

@@ -15,7 +15,19 @@ from fastarch.ref.attention import dropout_factors, philox
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_lse_and_gradients(case, dtype):
+    hold_against_torch(case, dtype, draw(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [Case(1, 2, 70, 600, 24), Case(1, 4, 2, 600, 24, Hkv=2)], ids=str)
+def test_scores_that_rise_from_tile_to_tile(case, dtype):
+    """A row's maximum grows by far more than 2^8 between tiles of keys: sums and outputs so far are scaled again."""
     drawn = draw(case, dtype)
+    drawn["key"] = drawn["key"] * torch.linspace(0.1, 12, case.Lk, dtype=dtype)[:, None]
+    hold_against_torch(case, dtype, drawn)
+
+
+def hold_against_torch(case: Case, dtype: torch.dtype, drawn: dict) -> None:
     grad_output = torch.randn(case.B, case.H, case.Lq, case.Dv or case.D).to(dtype)
     grad_lse = torch.randn(case.B, case.H, case.Lq, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     got = run(ours, case, drawn, grad_output, grad_lse)

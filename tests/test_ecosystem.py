@@ -2,14 +2,18 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
-from ecosystem_models import CLASSES, KINDS, batches, state, trained, twin
+from ecosystem_models import CLASSES, KINDS, Computed, batches, state, train_shared, trained, twin
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+
+import fastarch
 
 close = torch.testing.assert_close
 
@@ -119,13 +123,11 @@ def test_an_ensemble_by_stacked_parameters(x):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_train_apart(model, x, copied):
     other = copied(model)
+    assert torch.equal(other(x), model(x))
     before = state(model)
-    close(other(x), model(x))
-    trained(other)
-    close(
-        {n: t for n, t in state(model).items() if "running" not in n and "num_" not in n},
-        {n: t for n, t in before.items() if "running" not in n and "num_" not in n},
-    )
+    losses = trained(other)
+    close(state(model), before, rtol=0, atol=0)
+    assert trained(model) == losses
 
 
 def test_weights_alone_are_saved_and_loaded(model, x, tmp_path):
@@ -158,26 +160,23 @@ def test_made_on_the_meta_device_and_filled(model, x):
     close(empty(x), model(x))
 
 
-class Computed(Dataset):
-    """Items that need our kernels."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model.eval()
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, i: int) -> Tensor:
-        with torch.no_grad():
-            return self.model(torch.full((1, 1, 12, 12), float(i)))
-
-
-def test_forked_workers_of_a_data_loader(model, threads):
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader(model, method, threads):
     threads(2)
     items = Computed(model)
     want = torch.stack([items[i] for i in range(4)])  # kernels and their threads have run before the fork
-    loader = DataLoader(items, batch_size=2, num_workers=1, multiprocessing_context="fork", timeout=120)
+    loader = DataLoader(items, batch_size=2, num_workers=1, multiprocessing_context=method, timeout=120)
     close(torch.cat(list(loader)), want)
+
+
+def test_trained_by_a_process_that_shares_its_memory(model):
+    expected = copy.deepcopy(model)
+    trained(expected)
+    process = torch.multiprocessing.get_context("spawn").Process(target=train_shared, args=(model.share_memory(),))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    close(state(model), state(expected))
 
 
 def test_fused_adam(model):
@@ -188,10 +187,15 @@ def test_fused_adam(model):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(model, x, dtype):
-    y = model.to(dtype)(x.to(dtype))
-    assert y.dtype == dtype
-    y.sum().backward()
-    assert all(p.grad.dtype == dtype for p in model.parameters())
+    expected = twin().to(dtype)
+    y, want = (m.to(dtype)(x.to(dtype)) for m in (model, expected))
+    bound = 1e-7 if dtype == torch.float64 else 0.05
+    close(y, want, rtol=bound, atol=bound)
+    for result in (y, want):
+        result.square().sum().backward()
+    gradients = [{n: p.grad for n, p in m.named_parameters()} for m in (model, expected)]
+    largest = max(g.abs().max().item() for g in gradients[1].values())
+    close(*gradients, rtol=bound, atol=bound * largest)
 
 
 def test_inference_mode_and_frozen_parts(model, x):
@@ -209,3 +213,51 @@ def test_inference_mode_and_frozen_parts(model, x):
 def test_traced(model, x):
     traced = torch.jit.trace(model.eval(), (x,), check_trace=False)
     close(traced(x), model(x))
+
+
+def test_weights_that_are_computed(model):
+    expected = twin()
+    for each in (model, expected):
+        torch.manual_seed(0)  # of what is pruned at random
+        parametrizations.weight_norm(each.gru, "weight_hh_l0")
+        parametrizations.spectral_norm(each.head)
+        prune.l1_unstructured(each.norm, "bias", amount=2)
+        prune.random_unstructured(each.attention.linear1, "weight", amount=0.5)
+    close(trained(model), trained(expected), rtol=1e-4, atol=1e-5)
+    close(state(model), state(expected), rtol=1e-4, atol=1e-5)
+    assert (model.attention.linear1.weight == 0).sum() == model.attention.linear1.weight.numel() // 2
+
+
+def test_quantised_layers_are_left_alone(x):
+    model = twin().eval()
+    with warnings.catch_warnings():  # it will leave torch for torchao
+        warnings.simplefilter("ignore")
+        layers = dict.fromkeys(("gru", "head"), torch.ao.quantization.default_dynamic_qconfig)
+        quantised = torch.ao.quantization.quantize_dynamic(model, layers)
+    fused = fastarch.fuse(quantised)
+    assert type(fused.gru) is type(quantised.gru)
+    assert type(fused.head) is type(quantised.head)
+    close(fused(x), quantised(x), rtol=1e-4, atol=1e-5)
+
+
+def test_averaged_weights_and_clipped_gradients(model):
+    expected, averages, norms = twin(), [], []
+    for each in (model, expected):
+        average = torch.optim.swa_utils.AveragedModel(each, use_buffers=True)
+        trained(each)
+        average.update_parameters(each)
+        averages.append(state(average))
+        norms.append(nn.utils.clip_grad_norm_(each.parameters(), 0.1))
+    close(*averages)
+    close(*norms)
+
+
+def test_second_derivatives(model, x):
+    def penalty(model: nn.Module) -> dict[str, Tensor]:
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):  # torch's others have none
+            image = x.double().requires_grad_()
+            (slope,) = torch.autograd.grad(model.double()(image).square().sum(), image, create_graph=True)
+            slope.square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    close(penalty(model), penalty(twin()))

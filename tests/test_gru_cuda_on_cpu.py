@@ -105,6 +105,7 @@ def test_tf32(device):
         assert 0 < difference < 2**-8, name
 
 
+@pytest.mark.usefixtures("products_row_by_row")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_what_stands_in_padding_counts_for_nothing(reverse):
     case = FULL._replace(reverse=reverse)

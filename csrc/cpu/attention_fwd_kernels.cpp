@@ -60,7 +60,7 @@ struct Forward {
     if (keys.begin >= keys.end) return;
     const int64_t before = keys.begin - tile.begin, count = keys.end - keys.begin, vectors = vectors_of<T>(count);
     const int64_t width = padded<T>(p.Dv);
-    const bool first = tile.begin <= reach_of(p, of, task.begin + i).begin;  // nothing is in their output yet
+    const bool untouched = tile.begin <= reach_of(p, of, task.begin + i).begin;  // nothing is in their output yet
     multiply<false>(false, n, p.D, q.data + i * q.step, q.step, m.keys + before * p.D, p.D * PANEL<T>, vectors,
                     m.scores, KEY_TILE);
     const bool modifies = modifies_scores(p);
@@ -68,14 +68,14 @@ struct Forward {
       T* s = m.scores + (r - i) * KEY_TILE;
       if (modifies) modify_scores<T, Storage>(p, of, task.h, task.begin + r, keys.begin, vectors * L, s, nullptr);
       keep_reach(reach_of(p, of, task.begin + r), keys.begin, vectors * L, s);
-      softmax<T>(vectors, s, m.top[r], m.sum + r * L, m.output + r * width, first ? 0 : width);
+      softmax<T>(vectors, s, m.top[r], m.sum + r * L, m.output + r * width, untouched ? 0 : width);
       if (p.dropout > 0) {  // by words of 64 keys
         const int64_t first = keys.begin / 64 * 64, skip = keys.begin - first;
         dropout_factors(p, of, task.h, task.begin + r, first, skip + count, m.factors);
         for (int64_t j = 0; j < count; j++) s[j] *= m.factors[skip + j];
       }
     }
-    multiply<false>(!first, n, count, m.scores, KEY_TILE, m.values + before * PANEL<T>, KEY_TILE * PANEL<T>,
+    multiply<false>(!untouched, n, count, m.scores, KEY_TILE, m.values + before * PANEL<T>, KEY_TILE * PANEL<T>,
                     vectors_of<T>(p.Dv), m.output + i * width, width);
   }
 

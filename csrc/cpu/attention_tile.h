@@ -40,7 +40,8 @@ FASTARCH_INLINE int64_t vectors_of(int64_t n) {
   return (n + LANES<T> - 1) / LANES<T>;
 }
 
-// So many terms are summed one after the other; then such sums are, which keeps rounding from growing with n.
+// So many terms are summed one after the other; then such sums are, which keeps rounding from growing with n. 32 would
+// halve an error that is torch's own (8e-7 of 197 keys), and cost 4 % forward and backward on two cores of a Xeon.
 constexpr int64_t CHAIN = 64;
 
 // c[r][..] (+)= sum_i x(r, i) w[i][..] for P rows, V vectors; ACROSS: x(r, i) = x[i * step + r], else x[r * step + i].

@@ -139,6 +139,7 @@ def test_any_strides(case, view, algorithm):
         torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-5)  # a library may sum another layout otherwise
 
 
+@pytest.mark.usefixtures("products_row_by_row")
 @every_algorithm
 @both_resets
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 from torch import nn
 
@@ -9,22 +10,23 @@ MARK = "fastarch_attention"  # the attribute of a model that says what its confi
 REPLACED = "sdpa"
 
 
-class Before:
-    """What a config named; unpickled, it makes the name that stands there now known to transformers."""
+def integration() -> ModuleType:
+    """Our side of transformers, with our name made known to it. Imported late, for it imports transformers."""
+    from fastarch.integrations import transformers
+
+    transformers.register()
+    return transformers
+
+
+class Named:
+    """The attention that a config named; a process that unpickles it knows our name as well."""
 
     def __init__(self, attention: str):
         self.attention = attention
 
     def __setstate__(self, state: dict):
         self.__dict__.update(state)
-        register()
-
-
-def register() -> str:
-    from fastarch.integrations import transformers  # here: it imports transformers
-
-    transformers.register()
-    return transformers.NAME
+        integration()
 
 
 def models(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -40,25 +42,21 @@ def models(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def why_left(model: nn.Module) -> str | None:
     """Why the attention of a model stays what it is; None if it may become ours."""
-    from fastarch.integrations.transformers import takes_boolean_masks
-
     named = model.config._attn_implementation
     if named != REPLACED:
         return f"its attention is {named}, not {REPLACED}"
-    if not model._can_set_attn_implementation() or not takes_boolean_masks(type(model.config)):
+    if not model._can_set_attn_implementation() or not integration().takes_boolean_masks(type(model.config)):
         return "it computes its attention itself"
-    if model.config.output_attentions:
-        return "it is to return attention weights"
     return None
 
 
 def change(model: nn.Module) -> None:
-    model.__dict__[MARK] = Before(model.config._attn_implementation)
-    model.config._attn_implementation_internal = register()  # the property would change the configs of parts as well
+    model.__dict__[MARK] = Named(model.config._attn_implementation)
+    model.config._attn_implementation_internal = integration().NAME  # the property would change the parts' configs too
 
 
 def restore(model: nn.Module) -> None:
     """Undo `change`, unless somebody named another since."""
     before = model.__dict__.pop(MARK)
-    if model.config._attn_implementation == register():
+    if model.config._attn_implementation == integration().NAME:
         model.config._attn_implementation_internal = before.attention
