@@ -1,17 +1,10 @@
-"""What test_sync_batch_norm.py starts on two ranks: the checks, whose tracebacks each rank writes to a file.
+"""What test_sync_batch_norm.py starts on two ranks."""
 
-Usage: torchrun --standalone --nproc_per_node 2 sync_batch_norm_worker.py RESULTS
-"""
-
-import json
-import sys
-import traceback
-from datetime import timedelta
-from pathlib import Path
-
+import ranks
 import torch
 from batch_norm_cases import Case, double, draw, in_torch, run
 from closeness import assert_close
+from ranks import mine
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,11 +21,6 @@ CASES = {
     "no_affine": Case((8, 4, 9), weight=False, bias=False),
 }
 SPLITS = {"3_and_5": 3, "1_and_7": 1, "none_and_8": 0, "8_and_none": 8}
-
-
-def mine(t: torch.Tensor | None, first: int) -> torch.Tensor | None:
-    """This rank's share of a whole batch: rank 0 has the first ones, with the strides of the whole."""
-    return t if t is None else t[:first] if dist.get_rank() == 0 else t[first:]
 
 
 def summed(t: torch.Tensor) -> torch.Tensor:
@@ -192,18 +180,5 @@ CHECKS |= {
 }
 
 
-def main(results: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))  # a rank that waits for one that failed
-    failures = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-        except Exception:
-            failures[name] = traceback.format_exc()
-    (results / f"{dist.get_rank()}.json").write_text(json.dumps({"ran": [*CHECKS], "failures": failures}))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    ranks.run(CHECKS)
