@@ -210,7 +210,16 @@ def test_inference_mode_and_frozen_parts(model, x):
     }
 
 
-def test_traced(model, x):
+def test_traced_by_torch_fx(model, x):
+    """Layers of ours are called whole, as torch.nn's are, and the graph learns as the model does."""
+    graph = torch.fx.symbolic_trace(copy.deepcopy(model))
+    called = {node.target for node in graph.graph.nodes if node.op == "call_module"}
+    assert {"norm", "gru", "attention", "head"} <= called
+    close(trained(graph), trained(model))
+    close(graph.eval()(x), model.eval()(x))
+
+
+def test_traced_by_torch_jit(model, x):
     traced = torch.jit.trace(model.eval(), (x,), check_trace=False)
     close(traced(x), model(x))
 

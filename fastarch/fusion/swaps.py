@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastarch import nn as ours
+from fastarch.nn import leaf
 
 MARK = "fastarch_before"  # the attribute of a fused module that says what it was
 
@@ -93,8 +94,8 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
 
 def swap(module: nn.Module) -> None:
     new = SWAPS[type(module)]
-    before = {name: module.__dict__.get(name, Absent) for name in new.attributes}
-    become(module, new.layer, before, new.attributes)
+    attributes = new.attributes | leaf.ATTRIBUTES
+    become(module, new.layer, {name: module.__dict__.get(name, Absent) for name in attributes}, attributes)
 
 
 def become(module: nn.Module, layer: type[nn.Module], before: dict[str, object], attributes: dict[str, object]) -> None:

@@ -39,7 +39,7 @@ BUILTINS = {  # or these
 OTHERS = {"torch", "_frozen_importlib", "_frozen_importlib_external", *sys.stdlib_module_names}  # run by torch.fx
 EFFECTS = {
     **dict.fromkeys(("STORE_ATTR", "DELETE_ATTR"), "sets an attribute"),
-    **dict.fromkeys(("STORE_SUBSCR", "DELETE_SUBSCR"), "writes into what it indexes"),
+    **dict.fromkeys(("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"), "writes into what it indexes"),
     **dict.fromkeys(("STORE_GLOBAL", "DELETE_GLOBAL"), "sets a variable outside"),
     **dict.fromkeys(("WITH_EXCEPT_START", "SETUP_WITH", "BEFORE_WITH"), "has a with statement"),
     **dict.fromkeys(("IMPORT_NAME", "YIELD_FROM", "SEND"), "imports or yields"),

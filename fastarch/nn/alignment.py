@@ -9,8 +9,10 @@ is padding: alpha is 0 there, whatever h_j is. Of a sequence without any step al
 import torch
 from torch import Tensor, nn
 
+from fastarch.nn.leaf import Leaf
 
-class BahdanauAttention(nn.Module):
+
+class BahdanauAttention(Leaf):
     """Additive attention: e_lj = v' tanh(W s_l + U h_j).   s [N, L, S], h [N, T, H] -> c [N, L, H], alpha [N, L, T]
 
     Args:
@@ -34,7 +36,7 @@ class BahdanauAttention(nn.Module):
         return attend(energies.squeeze(-1), memory, padding)
 
 
-class DotAttention(nn.Module):
+class DotAttention(Leaf):
     """Dot-product attention: e_lj = s_l' h_j.   s [N, L, H], h [N, T, H] -> c [N, L, H], alpha [N, L, T]
 
     Source: Luong, Pham and Manning 2015, arXiv 1508.04025, equation 8, the first of its scores.

@@ -5,11 +5,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastarch import ops
+from fastarch.nn.leaf import Leaf
 
 NAME = "MultiheadAttention"
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(Leaf, nn.MultiheadAttention):
     """y = concat(y_1, ..., y_H) W_o' + b_o, y_h = softmax(q_h k_h' / sqrt(D)) v_h; q, k, v = x W' + b, each of H heads.
 
     query [L, N, E], key [S, N, kdim], value [S, N, vdim] -> y as query; with batch_first [N, L, E] and so on, without a
@@ -174,7 +175,7 @@ def check_masks(
         raise error(f"{NAME}: want attn_mask {want}, got {[*attn_mask.shape]}")
 
 
-class SinusoidalPositionalEncoding(nn.Module):
+class SinusoidalPositionalEncoding(Leaf):
     """y[..., t, 2i] = x[..., t, 2i] + sin(t / 10000^(2i/d)), y[..., t, 2i + 1] = x[..., t, 2i + 1] + cos(the same).
 
     Args:

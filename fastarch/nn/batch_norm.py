@@ -5,9 +5,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fastarch import ops
+from fastarch.nn.leaf import Leaf
 
 
-class Fused:
+class Fused(Leaf):
     """What the layers add to torch.nn's: an activation, a residual, and our operation."""
 
     def __init__(self, *args, activation: str | None = None, **kwargs):

@@ -4,9 +4,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastarch import ops
+from fastarch.nn.leaf import Leaf
 
 
-class Pooled:
+class Pooled(Leaf):
     """What the layers add to a convolution of torch.nn: the pool's arguments."""
 
     def __init__(

@@ -6,9 +6,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from fastarch import ops
+from fastarch.nn.leaf import Leaf
 
 
-class GRUCell(nn.GRUCell):
+class GRUCell(Leaf, nn.GRUCell):
     """h' = (1 - z) * n + z * h.   x [N, C] or [C], h and h' [N, H] or [H]; h None stands for 0.
 
     `torch.nn.GRUCell`'s arguments, defaults, errors and state_dict, and by keyword `reset_after` (False: the reset gate
@@ -34,7 +35,7 @@ class GRUCell(nn.GRUCell):
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
-class GRU(nn.RNNBase):
+class GRU(Leaf, nn.RNNBase):
     """Gated recurrent units over sequences, in layers, in one direction or both.
 
     x [T, N, C], [N, T, C] with batch_first, or [T, C]; h0 and h_n [layers * directions, N, H]; output as x, with H or,

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastarch.nn.attention import MultiheadAttention
+from fastarch.nn.leaf import Leaf
 
 
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(Leaf, nn.TransformerEncoderLayer):
     """h = norm1(x + A(x)), y = norm2(h + F(h)), or with norm_first h = x + A(norm1(x)), y = h + F(norm2(h)).
 
     A is attention to x itself, F(x) = linear2(activation(linear1(x))), with dropout inside and behind both.
@@ -42,7 +43,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self.norm2(h + self._ff_block(h))
 
 
-class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(Leaf, nn.TransformerDecoderLayer):
     """h = norm1(x + A(x)), g = norm2(h + A(h, memory)), y = norm3(g + F(g)); norm_first as in TransformerEncoderLayer.
 
     `torch.nn.TransformerDecoderLayer`'s arguments, defaults, initialisation, errors and state_dict.
@@ -53,7 +54,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         self.self_attn.__class__ = self.multihead_attn.__class__ = MultiheadAttention  # same parameters, our forward
 
 
-class TransformerEncoder(nn.TransformerEncoder):
+class TransformerEncoder(Leaf, nn.TransformerEncoder):
     """num_layers copies of encoder_layer, one after the other, and a norm behind them.
 
     `torch.nn.TransformerEncoder`'s arguments, defaults, errors and state_dict. is_causal=None looks whether `mask` is
@@ -87,7 +88,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         return src if self.norm is None else self.norm(src)
 
 
-class TransformerDecoder(nn.TransformerDecoder):
+class TransformerDecoder(Leaf, nn.TransformerDecoder):
     """num_layers copies of decoder_layer, one after the other, each attending to memory, and a norm behind them.
 
     `torch.nn.TransformerDecoder`'s arguments, defaults, errors and state_dict; tgt_is_causal=None as is_causal=None of
@@ -111,7 +112,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         return super().forward(tgt, memory, *masks)
 
 
-class Transformer(nn.Transformer):
+class Transformer(Leaf, nn.Transformer):
     """decoder(tgt, encoder(src)), both of layers as above.
 
     `torch.nn.Transformer`'s arguments, defaults, initialisation, errors and state_dict.
