@@ -40,10 +40,28 @@ def test_values_and_gradients(case, dtype):
     compare(gru, case, dtype)
 
 
+ONE_STEP = [  # weights are used as they stand, along the sum for few sequences, across many; and packed for 140
+    Case(1, 1, 40, 130),
+    Case(1, 5, 300, 37, lengths=True),
+    Case(1, 12, 33, 129, reset_after=False),
+    Case(1, 13, 33, 129, reset_after=False, lengths=True, b_hh=False),
+    Case(1, 70, 300, 150, b_ih=False),
+    Case(1, 128, 7, 200, reset_after=False),
+    Case(1, 140, 30, 90),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ONE_STEP, ids=str)
+def test_one_step(case, dtype):
+    compare(gru, case, dtype)
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize(
     "case",
     [
+        *ONE_STEP,
         Case(40, 17, 40, 130, lengths=True),  # rows are shared out
         Case(30, 1, 20, 330),  # hidden units, which meet after every step
         Case(30, 2, 20, 330, reverse=True, lengths=True, reset_after=False),

@@ -35,7 +35,7 @@ struct Forward {
   static void run(const Attention& p, AttentionTask task, void* o, void* lse, void* scratch) {
     const Sequence of = sequence_of(p, task.b);
     const Memory m(p, scratch);
-    const int64_t n = task.end - task.begin, width = padded<T>(p.Dv), head = task.h / p.group;
+    const int64_t n = task.end - task.begin, head = task.h / p.group;
     const Storage* q_at = static_cast<const Storage*>(p.q) + of.memory_b * p.q_at.b + task.h * p.q_at.h;
     const Storage* k_at = static_cast<const Storage*>(p.k) + of.memory_b * p.k_at.b + head * p.k_at.h;
     const Storage* v_at = static_cast<const Storage*>(p.v) + of.memory_b * p.v_at.b + head * p.v_at.h;

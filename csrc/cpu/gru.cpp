@@ -58,7 +58,8 @@ Team team_for(const Gru& p) {
   const int64_t by_rows = std::min(at_most(double(p.N) / ROWS), at_most(all / WORTH_A_WORKER));
   const int64_t by_units =
       step < WORTH_A_MEETING ? 1 : std::min(at_most(double(p.H) / UNITS), at_most(all / WORTH_A_WORKER));
-  if (by_rows >= by_units) return {0, by_rows, by_rows, Split::ROWS, nullptr};
+  const bool once = p.T == 1 && (p.N < 16 || by_rows == by_units);  // a weight is used once, whoever shares the work
+  if (!once && by_rows >= by_units) return {0, by_rows, by_rows, Split::ROWS, nullptr};
   return {0, by_units, by_units, Split::UNITS, nullptr};
 }
 

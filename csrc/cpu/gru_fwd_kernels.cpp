@@ -1,7 +1,8 @@
 // gru, forward: the input's share of all gates as one product over a chunk of steps, then step by step the state's,
-// with the gates computed while the sums are in the L1 cache.
+// with the gates computed while the sums are in the L1 cache. Weights are packed for that, unless there is but one
+// step.
 #include "cpu/activation.h"
-#include "cpu/gru_tile.h"
+#include "cpu/gru_once.h"
 
 namespace {
 
@@ -19,6 +20,9 @@ struct Forward {
   const Sequence sequence{p};
   const int64_t blocks = ceil_div(p.H, L), stride = blocks * L;  // vectors of units; from row to row of a state
   const int64_t G = p.reset_after ? 4 : 3;
+  const bool packs = !serves_once(p, team);
+  const int phases = p.reset_after ? 1 : packs ? 2 : 3;  // of a step
+  const Once<Storage> once{p.N};
 
   // rows and blocks that a worker has at most, and steps whose sums it keeps
   const int64_t own_rows = team.split == Split::ROWS ? ceil_div(p.N, team.size) : p.N;
@@ -29,14 +33,19 @@ struct Forward {
   T *w_ih, *w_hh, *bias, *bias_n;  // panels [blocks][3][K][L] (w_hh without reset_after: of r and z, then of n)
   T *state[2], *reset, *update;    // [N][stride]: h before and after a step; r * h and z, without reset_after
   T *sums, *x;                     // of each worker: [chunk][rows][blocks][3][L]; [chunk][rows][C] where it is widened
+  T *operands[2], *products, *scratch;  // of Once: x and the state; of each worker: [N][gates][L], and its own
 
   Forward(const Gru& p, const GruFwd& a, const Team& team, Memory& m) : p(p), a(a), team(team) {
-    w_ih = m.take<T>(blocks * 3 * p.C * L), w_hh = m.take<T>(blocks * 3 * p.H * L);
+    w_ih = m.take<T>(packs * blocks * 3 * p.C * L), w_hh = m.take<T>(packs * blocks * 3 * p.H * L);
     bias = m.take<T>(blocks * 3 * L), bias_n = m.take<T>(blocks * L);
     for (T*& s : state) s = m.take<T>(p.N * stride);
     reset = m.take<T>(p.reset_after ? 0 : p.N * stride), update = m.take<T>(p.reset_after ? 0 : p.N * stride);
     sums = m.take<T>(team.size * sums_size);
-    x = m.take<T>(SAME ? 0 : team.size * chunk * own_rows * p.C);
+    x = m.take<T>(SAME || !packs ? 0 : team.size * chunk * own_rows * p.C);
+    operands[0] = m.take<T>(packs ? 0 : once.operand_size(p.C));
+    operands[1] = m.take<T>(packs ? 0 : once.operand_size(p.H));
+    products = m.take<T>(packs ? 0 : team.size * p.N * 3 * L);
+    scratch = m.take<T>(packs ? 0 : team.size * once.scratch_size());
   }
 
   static int64_t memory_bytes(const Gru& p, const Team& team) {
@@ -56,15 +65,18 @@ struct Forward {
       for (int64_t j = mine.begin; j < mine.end; j++) pack(j);
       for (int64_t n = rows.begin; n < rows.end; n++)
         widen_row(static_cast<const Storage*>(a.h0) + n * p.H, p.H, state[0] + n * stride);
+      if (packs) return;
+      once.prepare(static_cast<const Storage*>(a.x), p.C, p.C, operands[0], team, worker);
+      once.prepare(static_cast<const Storage*>(a.h0), p.H, p.H, operands[1], team, worker);
     });
     for (int64_t begin = 0; begin < p.T; begin += chunk) {
       const Range steps{begin, least(begin + chunk, p.T)};
-      walk(team, p.N, blocks, size(steps), p.reset_after ? 1 : 2,
-           [&](int phase, int64_t worker, Range rows, Range units, int64_t i) {
-             T* const mine = sums + worker * sums_size;
-             if (phase == 0 && i == 0) project(rows, units, steps, mine, x + worker * chunk * own_rows * p.C);
-             step(phase, rows, units, begin + i, mine + i * size(rows) * size(units) * 3 * L);
-           });
+      walk(team, p.N, blocks, size(steps), phases, [&](int phase, int64_t worker, Range rows, Range units, int64_t i) {
+        T* const mine = sums + worker * sums_size;
+        if (!packs) return step_once(phase, worker, units, mine);
+        if (phase == 0 && i == 0) project(rows, units, steps, mine, x + worker * chunk * own_rows * p.C);
+        step(phase, rows, units, begin + i, mine + i * size(rows) * size(units) * 3 * L);
+      });
     }
     each_worker(team, [&](int64_t worker) {
       const Range rows = part_of(p.N, team.size, worker);
@@ -77,8 +89,10 @@ struct Forward {
     const int64_t live = least(L, p.H - j * L);
     for (int64_t g = 0; g < 3; g++) {
       const int64_t unit = g * p.H + j * L;
-      pack_panel(static_cast<const Storage*>(a.w_ih) + unit * p.C, p.C, live, w_ih + (3 * j + g) * p.C * L);
-      pack_panel(static_cast<const Storage*>(a.w_hh) + unit * p.H, p.H, live, recurrent(j, g));
+      if (packs) {
+        pack_panel(row(a.w_ih, unit, p.C), p.C, p.C, live, w_ih + (3 * j + g) * p.C * L);
+        pack_panel(row(a.w_hh, unit, p.H), p.H, p.H, live, recurrent(j, g));
+      }
       const auto of = [&](const void* b) {
         return b ? load_as<T>(static_cast<const Storage*>(b) + unit, live) : Vec<T>{};
       };
@@ -88,10 +102,8 @@ struct Forward {
     }
   }
 
-  // panel[k][l] = w[l][k], k < K, of a matrix [units, K] of which `live` units exist here.
-  static void pack_panel(const Storage* w, int64_t K, int64_t live, T* panel) {
-    if (live < L) memset(panel, 0, K * L * sizeof(T));
-    copy_block(panel, {L, 1}, w, {1, K}, K, live);
+  static const Storage* row(const void* w, int64_t unit, int64_t K) {
+    return static_cast<const Storage*>(w) + unit * K;
   }
 
   // The panel of gate g. Panels that a product takes together lie together.
@@ -149,6 +161,24 @@ struct Forward {
         }
       });
     });
+  }
+
+  // The only step, of all rows and some blocks: phase 0 and, without reset_after, 2; between them r * h is prepared.
+  void step_once(int phase, int64_t worker, Range units, T* sums) const {
+    if (phase == 1) return once.prepare(reset, stride, p.H, operands[1], team, worker);
+    const int64_t V = p.reset_after ? 3 : phase == 0 ? 2 : 1, first = phase == 0 ? 0 : 2;
+    T *const product = products + worker * p.N * 3 * L, *const own = scratch + worker * once.scratch_size();
+    for (int64_t j = units.begin; j < units.end; j++) {
+      const int64_t live = least(L, p.H - j * L);
+      const Storage *const w_x = row(a.w_ih, j * L, p.C), *const w_h = row(a.w_hh, first * p.H + j * L, p.H);
+      T* const input = sums + (j - units.begin) * p.N * 3 * L;
+      if (phase == 0) once.multiply_all(operands[0], w_x, p.H * p.C, live, 3, p.C, bias + 3 * j * L, input, 3 * L, own);
+      once.multiply_all(operands[1], w_h, p.H * p.H, live, V, p.H, ZEROS, product, V * L, own);
+      for (int64_t n = 0; n < p.N; n++) {
+        if (V == 2) reset_and_update(0, n, j, input + n * 3 * L, product + n * V * L);
+        if (V != 2) finish(0, n, j, input + n * 3 * L, product + n * V * L);
+      }
+    }
   }
 
   // r * h and z, for phase 1.

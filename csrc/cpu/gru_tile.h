@@ -75,6 +75,14 @@ void multiply(int64_t rows, int64_t vectors, const Product<T>& o) {
   multiply_tile<T, P, 1>(o);
 }
 
+// panel[k][l] = w[l][k], k < K, of rows w a step apart, of which `live` exist.
+template <class T, class Storage>
+void pack_panel(const Storage* w, int64_t step, int64_t K, int64_t live, T* panel) {
+  constexpr int L = LANES<T>;
+  if (live < L) memset(panel, 0, K * L * sizeof(T));
+  copy_block(panel, {L, 1}, w, {1, step}, K, live);
+}
+
 // Calls f(n, rows) for the tiles of a range of rows, and f(v, vectors) for groups of `most` vectors, the last ones of 2
 // and 1.
 template <class F>
