@@ -42,7 +42,7 @@ class Case(NamedTuple):
     layers: int = 1  # one after another: each amplifies the rounding of those before it
     of_inputs: bool = True  # whether a step wants the gradients of the inputs as well
     in_any_format: bool = True  # the memory format of the inputs is the provider's choice, not the case's
-    compiled: bool = False  # whether ours is also timed under torch.compile
+    compiled: bool = False  # whether ours is also timed under torch.compile, where the reference is
     point: tuple[str, int] | None = None  # what grows from case to case, and how large it is here
 
     @property
@@ -129,7 +129,7 @@ def candidates(case: Case, mode: str, chosen: list[str]) -> dict[str, tuple[Call
         case.device.type == "cuda" and case.in_any_format
     ):  # where tensor cores want channels_last, and everybody uses it
         modules = {OURS: (peers.channels_last, case.ours)}
-    if case.compiled:
+    if case.compiled and "compile" in (chosen or known):
         modules[OURS_COMPILED] = (peers.compiled, case.ours)
     modules |= {name: (known[name], case.reference) for name in chosen or known if name in known}
     if not case.in_any_format:
