@@ -137,7 +137,7 @@ def compare(request, benchmark):
             "left_out": left_out,
         }
         if case.point:
-            result["point"] = case.point
+            result["point"] = case.point._asdict()
         if mode == "training":
             inputs = [t.clone().requires_grad_(t.is_floating_point()) for t in case.inputs]
             result["saved_bytes"] = saved_bytes(case.ours, *inputs)

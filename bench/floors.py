@@ -82,7 +82,6 @@ def measured(device: torch.device) -> Floors:
     return on_gpu() if device.type == "cuda" else on_cpu(torch.get_num_threads())
 
 
-@functools.cache
 def machine(device: torch.device) -> dict[str, str | int | list[str]]:
     """What a figure must be read with."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "fastarch": fastarch.__version__}

@@ -29,6 +29,14 @@ OURS_CHANNELS_LAST = "fastarch channels_last"
 OURS_COMPILED = "fastarch compile"
 
 
+class Point(NamedTuple):
+    """A case's place in a series of cases in which one size grows."""
+
+    series: str
+    axis: str
+    size: int
+
+
 class Case(NamedTuple):
     """One workload: `ours` and `reference` are modules with equal parameters, called with `inputs`, on one device."""
 
@@ -43,7 +51,7 @@ class Case(NamedTuple):
     of_inputs: bool = True  # whether a step wants the gradients of the inputs as well
     in_any_format: bool = True  # the memory format of the inputs is the provider's choice, not the case's
     compiled: bool = False  # whether ours is also timed under torch.compile, where the reference is
-    point: tuple[str, int] | None = None  # what grows from case to case, and how large it is here
+    point: Point | None = None
 
     @property
     def device(self) -> torch.device:
