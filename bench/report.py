@@ -13,6 +13,7 @@ import records
 import tables
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from records import OURS, by_mode
@@ -46,7 +47,7 @@ class Plot(NamedTuple):
 
 class Section(NamedTuple):
     title: str
-    about: str
+    about: list[str]
     plots: list[Plot]  # none: not measured
 
 
@@ -74,19 +75,17 @@ def build(found: list[dict], folder: Path) -> Path:
 def of_device(slug: str, found: list[dict], folder: Path) -> Device:
     about = found[0]["machine"]
     name = about["device"] + (f", {about['threads']} threads" if "threads" in about else "")
-    sections = [Section("Roofline", "", [roofline(found, folder / f"{slug}-roofline.svg")])]
+    sections = [Section("Roofline", [], [roofline(found, folder / f"{slug}-roofline.svg")])]
     for operation, title in TITLES.items():
-        parts = [(record, [r for r in record["results"] if r["operation"] == operation]) for record in found]
+        draw = scaling if operation == "scaling" else speed
         plots, texts = [], []
-        for record, results in parts:
-            for dtype in dict.fromkeys(r["dtype"] for r in results):
-                of_dtype = [r for r in results if r["dtype"] == dtype]
-                name_of = f"{slug}-{operation}" + f"-{dtype}" * (dtype != "float32")
-                plots += (
-                    scaling(of_dtype, folder / name_of) if operation == "scaling" else speed(of_dtype, folder / name_of)
-                )
-                texts += [tables.machine(record), *tables.left_out(of_dtype)]
-        sections.append(Section(title.replace("`", ""), " ".join(dict.fromkeys(texts)), plots))
+        for record in found:
+            for dtype in dict.fromkeys(r["dtype"] for r in record["results"]):
+                results = [r for r in record["results"] if (r["operation"], r["dtype"]) == (operation, dtype)]
+                if results:
+                    plots += draw(results, folder / (f"{slug}-{operation}" + f"-{dtype}" * (dtype != "float32")))
+                    texts += [tables.machine(record), *tables.left_out(results)]
+        sections.append(Section(title.replace("`", ""), texts, plots))
     return Device(name, slug, sections)
 
 
@@ -132,6 +131,8 @@ def roofline(found: list[dict], path: Path) -> Plot:
     axis.set(
         xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="GFLOP/s", xlim=(low, high)
     )
+    plain(axis.xaxis, (1, 2, 5))
+    plain(axis.yaxis, (1, 2, 5))
     axis.grid(which="major", color="#dddddd", linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     rows = [["", "operations per byte", "GFLOP/s", "of the floor"]]
@@ -173,17 +174,22 @@ def speed_in(mode: str, results: list[dict], path: Path) -> Plot:
     axis.set_yticks(range(len(results)), [r["case"] for r in results])
     axis.set_ylim(len(results) - 0.4, -0.6)
     ends = [t[q] for *_, t in bars for q in ("ratio_low", "ratio_high")]
-    axis.set(xscale="log", xlim=(min(0.95, *ends) / 1.1, max(1.5, *ends) * 1.1))
+    axis.set(xscale="log", xlim=(min(1.0, *ends) ** 1.05 / 1.1, max(1.5, *ends) ** 1.05 * 1.1))  # room for the numbers
     axis.set_xlabel("times as long as ours takes; left of 1 the other is faster")
-    axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axis.xaxis.set_minor_locator(NullLocator())
+    plain(axis.xaxis, (1, 1.5, 2, 3, 5, 7))
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     figure.legend(loc="outside upper center", ncols=len(peers), frameon=False)
     rows = [[f"{mode}, ms", OURS, *peers]]
     rows += [[r["case"], *(milliseconds(r, name) for name in (OURS, *peers))] for r in results]
     return save(figure, path, f"{mode.capitalize()}: bars are medians over the rounds, whiskers quartiles.", rows)
+
+
+def plain(axis: Axis, digits: tuple[float, ...]) -> None:
+    """A logarithmic axis with 0.5, 20 and 100 rather than powers of ten."""
+    axis.set_major_locator(LogLocator(base=10, subs=digits))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def milliseconds(result: dict, name: str) -> str:
@@ -209,8 +215,6 @@ def scaling(results: list[dict], stem: Path) -> list[Plot]:
     """A row of axes for each series, a column for each mode: milliseconds as one size grows."""
     series = list(dict.fromkeys(r["point"]["series"] for r in results))
     modes = list(by_mode(results))
-    if not results:
-        return []
     figure, axes = new_figure(5 * len(modes), 2.4 * len(series), len(series), len(modes))
     rows = [["ms", *(providers := [n for n in COLORS if any(n in r["timings"] for r in results)])]]
     for name, line in zip(series, axes):
@@ -236,11 +240,12 @@ def scaling(results: list[dict], stem: Path) -> list[Plot]:
             axis.set_xlabel(of[0]["point"]["axis"] if of else "")
             axis.set_xticks(sizes, map(str, sizes))
             axis.xaxis.set_minor_locator(NullLocator())
+            plain(axis.yaxis, (1, 2, 5))
             axis.grid(color="#dddddd", linewidth=0.6)
     handles = {label: h for line in axes for a in line for h, label in zip(*a.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False)
     caption = "Time as one size grows and the others stay; both axes are logarithmic."
-    return [save(figure, stem.with_suffix(".svg"), caption, rows)]
+    return [save(figure, stem.with_name(f"{stem.name}.svg"), caption, rows)]
 
 
 def main(folder: Path, files: list[Path]) -> None:

@@ -43,7 +43,7 @@ def left_out(results: list[dict]) -> list[str]:
     for r in results:
         for name, reason in r.get("left_out", {}).items():
             cases.setdefault((name, reason), []).append(f"{r['case']} {r['mode']}")
-    return [f"- Without {name}: {', '.join(of)}. {reason}" for (name, reason), of in cases.items()]
+    return [f"Without {name}: {', '.join(of)}. {reason}" for (name, reason), of in cases.items()]
 
 
 def machine(record: dict) -> str:
@@ -99,7 +99,7 @@ def all_cases() -> str:
         for record in found:
             modes = by_mode(record["results"]).items()
             parts += [machine(record), *(table(heading(mode, results), results) for mode, results in modes)]
-            parts += ["\n".join(left_out(record["results"]))]
+            parts += ["\n".join(f"- {line}" for line in left_out(record["results"]))]
         if not found:
             parts.append("Not measured.")
     return "\n\n".join(part for part in parts if part)

@@ -120,4 +120,26 @@ BY_THREADS = {  # 1, 2, 4, ... as many as there are
     "attention, threads": ATTENTION["gpt2"],
 }
 
-MODELS = {"resnet18": (3, 224, 224), "resnet50": (3, 224, 224)}  # by name, the shape of an image
+
+class Network(NamedTuple):
+    """Of the zoo: shapes of its inputs but for the batch, of tokens where there is a vocabulary."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    batch: int = 8
+    vocabulary: int = 0
+
+
+IMAGE = ((3, 224, 224),)
+MODELS = {
+    "lenet5": Network(((1, 32, 32),), 64),
+    "notes_cnn": Network(((1, 28, 28),), 64),
+    "alexnet": Network(IMAGE),
+    "vgg16": Network(IMAGE),
+    "resnet18": Network(IMAGE),
+    "resnet50": Network(IMAGE),
+    "gru_classifier": Network(((28, 28),), 64),
+    "seq2seq": Network(((40,), (40,)), 8, 10_000),
+    "transformer": Network(((64,), (64,)), 8, 10_000),
+    "gpt2": Network(((256,),), 2, 50_257),
+    "vit_b_16": Network(IMAGE),
+}
