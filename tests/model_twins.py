@@ -378,23 +378,39 @@ class TorchAdditiveAttention(nn.Module):
         return energies.squeeze(-1).softmax(-1) @ memory
 
 
-class TorchSeq2Seq(nn.Module):
-    """With additive attention, of sequences of one length."""
+class TorchDotAttention(nn.Module):
+    def forward(self, states: Tensor, memory: Tensor) -> Tensor:
+        return (states @ memory.mT).softmax(-1) @ memory
 
-    def __init__(self, sources: int = 10_000, targets: int = 10_000, embedding: int = 256, width: int = 512):
+
+class TorchSeq2Seq(nn.Module):
+    """Of sequences of one length."""
+
+    def __init__(
+        self,
+        attention: str | None = "additive",
+        sources: int = 10_000,
+        targets: int = 10_000,
+        embedding: int = 256,
+        width: int = 512,
+    ):
         super().__init__()
         self.source = nn.Embedding(sources, embedding)
         self.encoder = nn.GRU(embedding, width // 2, bidirectional=True, batch_first=True)
         self.target = nn.Embedding(targets, embedding)
         self.decoder = nn.GRU(embedding, width, batch_first=True)
-        self.attention = TorchAdditiveAttention(width)
-        self.combine = nn.Linear(2 * width, width)
+        self.attention = None
+        if attention is not None:
+            self.attention = TorchAdditiveAttention(width) if attention == "additive" else TorchDotAttention()
+            self.combine = nn.Linear(2 * width, width)
         self.fc = nn.Linear(width, targets)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         memory, h_n = self.encoder(self.source(source))
         h, _ = self.decoder(self.target(target), torch.cat([h_n[0::2], h_n[1::2]], -1))
-        return self.fc(self.combine(torch.cat([self.attention(h, memory), h], -1)).tanh())
+        if self.attention is not None:
+            h = self.combine(torch.cat([self.attention(h, memory), h], -1)).tanh()
+        return self.fc(h)
 
 
 def transformers_gpt2() -> nn.Module:
