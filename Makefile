@@ -2,7 +2,8 @@
 #
 #   make demo        train LeNet-5 on handwritten digits, ours against PyTorch's
 #   make test        all tests that need no GPU
-#   make bench       compare with the peers: OP=conv_relu_pool, ARGS="-k lenet --peers eager"
+#   make bench       compare with the peers, everything or OP="gru attention": ARGS="-k char --peers eager"
+#   make bench-check  a short set against what this machine recorded, in two minutes: is anything slower?
 #   make lint        formats and static checks
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make cuda-build  compile and link the CUDA extension, without a GPU
@@ -11,7 +12,7 @@
 #   make clean
 
 PYTHON ?= python3
-OP ?= conv_relu_pool
+OP ?=
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
@@ -23,7 +24,7 @@ PEERS := onnx onnxruntime onnxscript openvino
 # `kernels/` and `fastarch/` must be found where they are installed, never because of the current directory
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test bench lint sanitize cuda-build gpu docs clean
+.PHONY: demo test bench bench-check lint sanitize cuda-build gpu docs clean
 
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -50,6 +51,9 @@ bench: $(READY)
 	$(BIN)/python -m pip install --quiet $(PEERS)
 	$(BIN)/fastarch bench $(OP) $(ARGS)
 
+bench-check: $(READY)
+	PYTHONSAFEPATH= $(BIN)/python bench/check.py $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,10 +79,7 @@ cuda-build:
 gpu:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m pytest tests -m gpu $(ARGS)
-	$(PYTHON) -m fastarch.cli bench conv_relu_pool
-	$(PYTHON) -m fastarch.cli bench batch_norm
-	$(PYTHON) -m fastarch.cli bench gru
-	$(PYTHON) -m fastarch.cli bench attention
+	$(PYTHON) -m fastarch.cli bench $(OPERATIONS)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -34,9 +34,8 @@ class TorchDecode(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def case(name: str, workload: Attention, device: torch.device) -> Case:
+def case(name: str, workload: Attention, device: torch.device, dtype: torch.dtype) -> Case:
     B, H, Lq, Lk, D, causal, _ = workload
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     inputs = tuple(torch.randn(B, H, L, D).to(device, dtype) for L in (Lq, Lk, Lk))
     flops = 4.0 * B * H * Lq * Lk * D * (0.5 if causal else 1.0)
     moved = 2 * (inputs[0].nbytes + inputs[1].nbytes)
@@ -46,15 +45,15 @@ def case(name: str, workload: Attention, device: torch.device) -> Case:
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("name", [name for name, w in ATTENTION.items() if not w.dropout])
-def test_attention(name, mode, compare, device):
-    compare(case(name, ATTENTION[name], device), mode)
+def test_attention(name, mode, compare, device, dtype):
+    compare(case(name, ATTENTION[name], device, dtype), mode)
 
 
-def test_decode(compare, device):
+@pytest.mark.parametrize("mode", ["inference"])
+def test_decode(mode, compare, device, dtype):
     w = DECODE["decode"]
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q = torch.randn(w.B, w.Hq, 1, w.D).to(device, dtype)
     k, v = (torch.randn(w.B, w.Hkv, w.Lk, w.D).to(device, dtype) for _ in range(2))
     flops = 4.0 * w.B * w.Hq * w.Lk * w.D
     moved = k.nbytes + v.nbytes
-    compare(Case("decode", Decode(), TorchDecode(), (q, k, v), flops, moved, in_any_format=False), "inference")
+    compare(Case("decode", Decode(), TorchDecode(), (q, k, v), flops, moved, in_any_format=False), mode)

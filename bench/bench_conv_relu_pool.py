@@ -9,14 +9,13 @@ from workloads import CONV_RELU_POOL, ConvReLUPool
 import fastarch
 
 
-def case(name: str, workload: ConvReLUPool, device: torch.device) -> Case:
+def case(name: str, workload: ConvReLUPool, device: torch.device, dtype: torch.dtype) -> Case:
     N, C, H, W, K, kernel, stride, padding, *pool = workload
     ours = fastarch.nn.ConvReLUPool2d(
         C, K, kernel, stride, padding, pool_size=pool[0], pool_stride=pool[1], pool_padding=pool[2]
     )
     reference = nn.Sequential(nn.Conv2d(C, K, kernel, stride, padding), nn.ReLU(), nn.MaxPool2d(*pool))
     reference[0].load_state_dict(ours.state_dict())
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ours, reference = ours.to(device, dtype), reference.to(device, dtype)
     x = torch.randn(N, C, H, W).to(device, dtype)
     with torch.no_grad():
@@ -27,5 +26,5 @@ def case(name: str, workload: ConvReLUPool, device: torch.device) -> Case:
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("name", CONV_RELU_POOL)
-def test_conv_relu_pool(name, mode, compare, device):
-    compare(case(name, CONV_RELU_POOL[name], device), mode)
+def test_conv_relu_pool(name, mode, compare, device, dtype):
+    compare(case(name, CONV_RELU_POOL[name], device, dtype), mode)

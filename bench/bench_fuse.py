@@ -70,15 +70,15 @@ WORKLOADS = {
 }
 
 
-def case(name: str, workload: Workload, mode: str, device: torch.device) -> Case:
-    reference = First(workload.make()).to(device).train(mode == "training")
+def case(name: str, workload: Workload, mode: str, device: torch.device, dtype: torch.dtype) -> Case:
+    reference = First(workload.make()).to(device, dtype).train(mode == "training")
     for dropout in (m for m in reference.modules() if isinstance(m, nn.Dropout)):
         dropout.p = 0.0
-    x = torch.randint(1000, workload.shape) if workload.tokens else torch.randn(workload.shape)
+    x = torch.randint(1000, workload.shape) if workload.tokens else torch.randn(workload.shape, dtype=dtype)
     return whole_network(name, fastarch.fuse(reference), reference, x.to(device))
 
 
 @pytest.mark.parametrize("mode", ["training", "inference"])
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_fuse(name, mode, compare, device):
-    compare(case(name, WORKLOADS[name], mode, device), mode)
+def test_fuse(name, mode, compare, device, network_dtype):
+    compare(case(name, WORKLOADS[name], mode, device, network_dtype), mode)

@@ -9,12 +9,11 @@ from workloads import GRU, GRUS
 import fastarch
 
 
-def case(name: str, workload: GRU, device: torch.device) -> Case:
+def case(name: str, workload: GRU, device: torch.device, dtype: torch.dtype) -> Case:
     T, N, C, H, layers, bidirectional = workload
     reference = nn.GRU(C, H, layers, bidirectional=bidirectional)
     ours = fastarch.nn.GRU(C, H, layers, bidirectional=bidirectional)
     ours.load_state_dict(reference.state_dict())
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ours, reference = (First(gru).to(device, dtype) for gru in (ours, reference))
     x = torch.randn(T, N, C).to(device, dtype)
     weights = [p for p in reference.parameters() if p.dim() == 2]
@@ -27,5 +26,5 @@ def case(name: str, workload: GRU, device: torch.device) -> Case:
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("name", GRUS)
-def test_gru(name, mode, compare, device):
-    compare(case(name, GRUS[name], device), mode)
+def test_gru(name, mode, compare, device, dtype):
+    compare(case(name, GRUS[name], device, dtype), mode)

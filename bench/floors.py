@@ -13,7 +13,23 @@ from typing import NamedTuple
 
 import torch
 
+import fastarch
 from fastarch import extension
+
+# what decides how fast a processor multiplies, here and in the peers' libraries
+FLAGS = [
+    "avx",
+    "fma",
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+]
+FLAGS += ["asimd", "bf16", "sve"]  # on ARM
 
 
 class Floors(NamedTuple):
@@ -66,10 +82,9 @@ def measured(device: torch.device) -> Floors:
     return on_gpu() if device.type == "cuda" else on_cpu(torch.get_num_threads())
 
 
-@functools.cache
-def machine(device: torch.device) -> dict[str, str | int]:
+def machine(device: torch.device) -> dict[str, str | int | list[str]]:
     """What a figure must be read with."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "fastarch": fastarch.__version__}
     for name in ("triton", "onnxruntime", "openvino"):
         if importlib.util.find_spec(name) is not None:
             versions[name] = importlib.metadata.version(name)
@@ -82,10 +97,13 @@ def machine(device: torch.device) -> dict[str, str | int]:
         state = subprocess.run(clocks, capture_output=True, text=True).stdout.strip()
         return {"device": torch.cuda.get_device_name(device), "clocks and driver": state, **versions}
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    names = re.findall(r"model name\s*: (.*)", text)
+    flags = set(" ".join(re.findall(r"(?:flags|Features)\s*: (.*)", text)[:1]).split())
     return {
         "device": names[0] if names else platform.machine(),
         "threads": torch.get_num_threads(),
         "isa": extension.isa,
+        "flags": [flag for flag in FLAGS if flag in flags],
         **versions,
     }

@@ -78,6 +78,7 @@ def openvino(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
 CPU = {"eager": eager, "channels_last": channels_last, "compile": compiled}
 CPU_INFERENCE = CPU | {"freezing": frozen, "onnxruntime": onnxruntime, "openvino": openvino}
 GPU = {"eager": eager, "channels_last": channels_last, "max-autotune": autotuned}
+ALL = CPU_INFERENCE | GPU
 
 
 def of(device: torch.device, mode: str) -> dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Call]]:

@@ -1,14 +1,13 @@
-"""The tables of bench/results/*.json: all of them for docs/performance.md (a hook of MkDocs), a summary for README.
+"""The tables of bench/results/*/*.json: all of them for docs/performance.md (a hook of MkDocs), a summary for README.
 
 python bench/tables.py prints the summary.
 """
 
-import json
 import statistics
-from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
-OURS = "fastarch"  # as are all providers whose name begins with it
+import records
+from records import best_peer, by_mode, ratio
+
 FAMILIES = {
     "conv_relu_pool": "Convolution, ReLU, pool",
     "batch_norm": "Batch norm",
@@ -17,16 +16,6 @@ FAMILIES = {
     "models": "Whole networks",
     "fuse": "Models after `fastarch.fuse`",
 }
-
-
-def best_peer(result: dict) -> str:
-    others = {name: t["seconds"] for name, t in result["timings"].items() if not name.startswith(OURS)}
-    return min(others, key=others.get)
-
-
-def ratio(result: dict) -> float:
-    """Time of the fastest peer by ours."""
-    return result["timings"][best_peer(result)]["ratio"]
 
 
 def table(mode: str, results: list[dict]) -> str:
@@ -48,21 +37,33 @@ def table(mode: str, results: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def records(family: str) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{family}_*.json"))]
-
-
-def by_mode(record: dict) -> dict[str, list[dict]]:
-    results = record["results"]
-    return {mode: [r for r in results if r["mode"] == mode] for mode in dict.fromkeys(r["mode"] for r in results)}
+def left_out(results: list[dict]) -> list[str]:
+    """Who does not run which cases, and why: a line a reason."""
+    cases = {}
+    for r in results:
+        for name, reason in r.get("left_out", {}).items():
+            cases.setdefault((name, reason), []).append(f"{r['case']} {r['mode']}")
+    return [f"Without {name}: {', '.join(of)}. {reason}" for (name, reason), of in cases.items()]
 
 
 def machine(record: dict) -> str:
     about, floors = dict(record["machine"]), record["floors"]
     device, threads = about.pop("device"), about.pop("threads", None)
     where = f"{device}, {threads} threads" if threads else device
+    about = {name: " ".join(value) if isinstance(value, list) else value for name, value in about.items()}
     rates = f"{floors['flops'] / 1e9:.0f} GFLOP/s and {floors['bandwidth'] / 1e9:.0f} GB/s measured in the same run"
-    return f"{where}: {', '.join(f'{name} {value}' for name, value in about.items())}; {rates}."
+    made = record.get("run")  # the oldest records do not have it
+    when = (
+        f" {made['date']}, commit {(made['commit'] or 'unknown')[:12]}{' changed' * bool(made['dirty'])}."
+        if made
+        else ""
+    )
+    return f"{where}: {', '.join(f'{name} {value}' for name, value in about.items())}; {rates}.{when}"
+
+
+def heading(mode: str, results: list[dict]) -> str:
+    dtype = results[0]["dtype"]
+    return mode if dtype == "float32" else f"{mode} in {dtype}"
 
 
 def cases(n: int) -> str:
@@ -74,17 +75,18 @@ def summary() -> str:
     lines = ["| fastest peer's time / fastarch's | machine | | geometric mean | least | of |"]
     lines.append("|---|---|---|---|---|---|")
     for family, title in FAMILIES.items():
-        for record in records(family):
+        found = records.of(family)
+        for record in found:
             about = record["machine"]
-            for mode, results in by_mode(record).items():
+            for mode, results in by_mode(record["results"]).items():
                 ratios = {r["case"]: ratio(r) for r in results}
                 least = min(ratios, key=ratios.get)
                 lines.append(
-                    f"| {title} | {about['device']}, torch {about['torch']} | {mode} "
+                    f"| {title} | {about['device']}, torch {about['torch']} | {heading(mode, results)} "
                     f"| {statistics.geometric_mean(ratios.values()):.2f} "
                     f"| {ratios[least]:.2f} ({least}) | {cases(len(ratios))} |"
                 )
-        if not records(family):
+        if not found:
             lines.append(f"| {title} | | | not measured | | |")
     return "\n".join(lines)
 
@@ -92,12 +94,15 @@ def summary() -> str:
 def all_cases() -> str:
     parts = []
     for family, title in FAMILIES.items():
+        found = records.of(family)
         parts.append(f"## {title}")
-        for record in records(family):
-            parts += [machine(record), *(table(mode, results) for mode, results in by_mode(record).items())]
-        if not records(family):
+        for record in found:
+            modes = by_mode(record["results"]).items()
+            parts += [machine(record), *(table(heading(mode, results), results) for mode, results in modes)]
+            parts += ["\n".join(f"- {line}" for line in left_out(record["results"]))]
+        if not found:
             parts.append("Not measured.")
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def on_page_markdown(markdown: str, **_) -> str:

@@ -98,4 +98,48 @@ class Decode(NamedTuple):
 
 DECODE = {"decode": Decode(8, 32, 8, 8192, 128)}
 
-MODELS = {"resnet18": (3, 224, 224), "resnet50": (3, 224, 224)}  # by name, the shape of an image
+
+class Growth(NamedTuple):
+    """A workload of which one size grows, that of `fields`."""
+
+    axis: str
+    workload: ConvReLUPool | GRU | Attention
+    fields: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+
+SCALING = {
+    "convolution, batch": Growth("batch", CONV_RELU_POOL["notes_conv2"], ("N",), (1, 8, 64)),
+    "GRU, length": Growth("sequence length", GRUS["char"], ("T",), (16, 64, 256)),
+    "GRU, units": Growth("hidden size", GRUS["char"], ("H",), (64, 128, 256, 512)),
+    "attention, length": Growth("sequence length", Attention(1, 8, 0, 0, 64, True), ("Lq", "Lk"), (128, 512, 2048)),
+}
+BY_THREADS = {  # 1, 2, 4, ... as many as there are
+    "convolution, threads": CONV_RELU_POOL["notes_conv2"],
+    "GRU, threads": GRUS["char"],
+    "attention, threads": ATTENTION["gpt2"],
+}
+
+
+class Network(NamedTuple):
+    """Of the zoo: shapes of its inputs but for the batch, of tokens where there is a vocabulary."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    batch: int = 8
+    vocabulary: int = 0
+
+
+IMAGE = ((3, 224, 224),)
+MODELS = {
+    "lenet5": Network(((1, 32, 32),), 64),
+    "notes_cnn": Network(((1, 28, 28),), 64),
+    "alexnet": Network(IMAGE),
+    "vgg16": Network(IMAGE),
+    "resnet18": Network(IMAGE),
+    "resnet50": Network(IMAGE),
+    "gru_classifier": Network(((28, 28),), 64),
+    "seq2seq": Network(((40,), (40,)), 8, 10_000),
+    "transformer": Network(((64,), (64,)), 8, 10_000),
+    "gpt2": Network(((256,),), 2, 50_257),
+    "vit_b_16": Network(IMAGE),
+}

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -116,18 +117,73 @@ def explain(
     console.print(fastarch.explain(build(), torch.randn(sizes)))
 
 
-@main.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context, operation: Annotated[str, typer.Argument(help="e.g. conv_relu_pool")]) -> None:
-    """Compare an operation with its peers; more options go to pytest (-k NAME, --peers A,B, --benchmark-json FILE)."""
-    file = Path(fastarch.__file__).parents[1] / "bench" / f"bench_{operation}.py"
-    if not file.exists():
-        known = sorted(p.stem.removeprefix("bench_") for p in file.parent.glob("bench_*.py"))
-        console.print(
-            f"fastarch bench: want one of {known}, got {operation!r}; benchmarks need a checkout of the source"
-        )
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class WithOptionsOfPytest(typer.core.TyperCommand):
+    """Whatever follows -- goes to pytest as it is."""
+
+    def parse_args(self, ctx, args):
+        end = args.index("--") if "--" in args else len(args)
+        ctx.obj = args[end + 1 :]
+        return super().parse_args(ctx, args[:end])
+
+
+@main.command(cls=WithOptionsOfPytest)
+def bench(
+    context: typer.Context,
+    operations: Annotated[list[str] | None, typer.Argument(help="e.g. gru attention models; all by default")] = None,
+    device: Annotated[str, typer.Option(help="cuda if there is one")] = "cuda" if torch.cuda.is_available() else "cpu",
+    dtype: Annotated[Dtype | None, typer.Option(help="float32, but bfloat16 for single operations on a GPU")] = None,
+    train: Annotated[bool | None, typer.Option("--train/--infer", help="both by default")] = None,
+    peers: Annotated[str, typer.Option(help="e.g. eager,onnxruntime; all that are installed by default")] = "",
+    budget: Annotated[
+        float, typer.Option(min=0, help="seconds for the rounds of a case, of which it has 3 to 15")
+    ] = 30,
+    name: Annotated[str, typer.Option("-k", help="only cases whose name has this in it, as pytest's -k")] = "",
+    json: Annotated[Path | None, typer.Option(help="the record: machine, floors, how it was made, every round")] = None,
+    record: Annotated[bool, typer.Option("--record", help="the same into bench/results, for README and docs")] = False,
+    report: Annotated[Path | None, typer.Option(help="a folder for a page of plots, index.html")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A.json B.json", help="run nothing: is B slower than A? Status 1 if any case is"),
+    ] = None,
+) -> None:
+    """Compare operations and whole networks with their peers. Options of pytest may follow after --."""
+    folder = Path(fastarch.__file__).parents[1] / "bench"
+    if compare:
+        raise typer.Exit(python(folder / "compare.py", *compare))
+    known = sorted(p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py"))
+    if not known or (unknown := set(operations or known) - set(known)):
+        got = f", got {', '.join(map(repr, sorted(unknown)))}" if known else ""
+        console.print(f"fastarch bench: want some of {known}{got}; benchmarks need a checkout of the source")
         raise typer.Exit(2)
-    command = [sys.executable, "-m", "pytest", "-q", str(file), "--plot", f"out/{operation}.png", *context.args]
-    raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}).returncode)
+    if report and json is None:
+        json = report / "record.json"
+
+    command = ["-m", "pytest", "-q", "--progress", "--benchmark-quiet", "-o", "console_output_style=classic"]
+    command += [f"--device={device}", f"--budget={budget}"]
+    command += [f"--dtype={dtype.value}"] if dtype else []
+    command += [] if train is None else ["--modes=forward,training" if train else "--modes=inference"]
+    command += [f"--peers={peers}"] if peers else []
+    command += ["-k", name] if name else []
+    command += [f"--json={json}"] if json else []
+    command += ["--record"] if record else []
+    files = [folder / f"bench_{operation}.py" for operation in operations or known]
+    status = python(*command, *context.obj, *files)
+    if report and json.exists():
+        python(folder / "report.py", report, json)
+    raise typer.Exit(status)
+
+
+def python(*arguments: str | Path) -> int:
+    """The status of a run of this Python. Modules are not looked for in the current folder, scripts find their own."""
+    command = [sys.executable, *map(str, arguments)]
+    safe = "1" if arguments[0] == "-m" else ""
+    return subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": safe}).returncode
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The architectures of the zoo of torch's own layers, nothing fused, with the same names of parameters."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -326,6 +327,100 @@ class TorchvisionViT(nn.Module):
         return self.heads(self.encoder.ln(self.encoder.layers(x))[:, 0])
 
 
+class TorchTransformer(nn.Module):
+    """Without dropout."""
+
+    def __init__(
+        self,
+        sources: int = 10_000,
+        targets: int = 10_000,
+        width: int = 512,
+        heads: int = 8,
+        layers: int = 6,
+        feed_forward: int = 2048,
+        longest: int = 128,
+    ):
+        super().__init__()
+        self.source = nn.Embedding(sources, width)
+        self.target = nn.Embedding(targets, width)
+        options = {"dropout": 0.0, "batch_first": True}
+        encoder = nn.TransformerEncoderLayer(width, heads, feed_forward, **options)
+        self.encoder = nn.TransformerEncoder(encoder, layers, enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(width, heads, feed_forward, **options), layers)
+        stacks = {"custom_encoder": self.encoder, "custom_decoder": self.decoder}
+        self.transformer = [nn.Transformer(width, heads, batch_first=True, **stacks)]  # in a list: no keys of its own
+        self.fc = nn.Linear(width, targets)
+        angles = [[t / 10000 ** (2 * (i // 2) / width) for i in range(width)] for t in range(longest)]
+        table = [[math.cos(a) if i % 2 else math.sin(a) for i, a in enumerate(row)] for row in angles]
+        self.register_buffer("table", torch.tensor(table), persistent=False)
+
+    def forward(self, source: Tensor, target: Tensor, lengths: Tensor | None = None) -> Tensor:
+        padding = None if lengths is None else torch.arange(source.shape[1]) >= lengths.unsqueeze(1)
+        masks = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}
+        causal = torch.ones(target.shape[1], target.shape[1], device=target.device).triu(1).bool()
+        pair = (self.embed(self.source, source), self.embed(self.target, target))
+        return self.fc(self.transformer[0](*pair, tgt_mask=causal, tgt_is_causal=True, **masks))
+
+    def embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
+        """Scaled, with sinusoids."""
+        return math.sqrt(embedding.embedding_dim) * embedding(tokens) + self.table[: tokens.shape[1]]
+
+
+class TorchAdditiveAttention(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.state = nn.Linear(width, width, bias=False)
+        self.memory = nn.Linear(width, width)
+        self.score = nn.Linear(width, 1, bias=False)
+
+    def forward(self, states: Tensor, memory: Tensor) -> Tensor:
+        energies = self.score((self.state(states).unsqueeze(2) + self.memory(memory).unsqueeze(1)).tanh())
+        return energies.squeeze(-1).softmax(-1) @ memory
+
+
+class TorchDotAttention(nn.Module):
+    def forward(self, states: Tensor, memory: Tensor) -> Tensor:
+        return (states @ memory.mT).softmax(-1) @ memory
+
+
+class TorchSeq2Seq(nn.Module):
+    """Of sequences of one length."""
+
+    def __init__(
+        self,
+        attention: str | None = "additive",
+        sources: int = 10_000,
+        targets: int = 10_000,
+        embedding: int = 256,
+        width: int = 512,
+    ):
+        super().__init__()
+        self.source = nn.Embedding(sources, embedding)
+        self.encoder = nn.GRU(embedding, width // 2, bidirectional=True, batch_first=True)
+        self.target = nn.Embedding(targets, embedding)
+        self.decoder = nn.GRU(embedding, width, batch_first=True)
+        self.attention = None
+        if attention is not None:
+            self.attention = TorchAdditiveAttention(width) if attention == "additive" else TorchDotAttention()
+            self.combine = nn.Linear(2 * width, width)
+        self.fc = nn.Linear(width, targets)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        memory, h_n = self.encoder(self.source(source))
+        h, _ = self.decoder(self.target(target), torch.cat([h_n[0::2], h_n[1::2]], -1))
+        if self.attention is not None:
+            h = self.combine(torch.cat([self.attention(h, memory), h], -1)).tanh()
+        return self.fc(h)
+
+
+def transformers_gpt2() -> nn.Module:
+    """Without dropout, and without the cache that only generation needs."""
+    import transformers  # not on Python 3.10
+
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False, **rates))
+
+
 TWINS = {
     "alexnet": torchvision_alexnet,
     "densenet121": partial(torchvision_densenet, [6, 12, 24, 16]),
@@ -333,6 +428,7 @@ TWINS = {
     "densenet201": partial(torchvision_densenet, [6, 12, 48, 32]),
     "elman": partial(TorchSequenceClassifier, nn.RNN),
     "googlenet": TorchvisionGoogLeNet,
+    "gpt2": transformers_gpt2,
     "gru_classifier": partial(TorchSequenceClassifier, nn.GRU),
     "lenet5": torch_lenet5,
     "lstm_classifier": partial(TorchSequenceClassifier, nn.LSTM),
@@ -346,6 +442,8 @@ TWINS = {
     "se_resnet50": partial(timm_se_resnet, [3, 4, 6, 3]),
     "se_resnet152": partial(timm_se_resnet, [3, 8, 36, 3]),
     "senet154": timm_senet154,
+    "seq2seq": TorchSeq2Seq,
+    "transformer": TorchTransformer,
     "unet": TorchUNet,
     "vit_b_16": partial(TorchvisionViT, 224, 16, 12, 12, 768, 3072),
     **{name: torchvision_vgg(letters) for name, letters in VGG.items()},

@@ -105,15 +105,53 @@ def test_bench_of_an_unknown_operation_names_the_known_ones():
     assert all(f"'{cli.operation_of(name)}'" in printed for name in ops.__all__)
 
 
-def test_bench_hands_its_options_and_pytests_status_on(monkeypatch):
-    commands = []
+@pytest.fixture
+def commands(monkeypatch) -> list[list[str]]:
+    """What `fastarch bench` would run, all of which end with status 5."""
+    ran = []
     finished = cli.subprocess.CompletedProcess([], returncode=5)
-    monkeypatch.setattr(cli.subprocess, "run", lambda command, env: commands.append(command) or finished)
-    assert fastarch_cli("bench", "conv_relu_pool", "-k", "lenet", "--peers", "eager")[0] == 5
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, env: ran.append(command) or finished)
+    return ran
+
+
+def test_bench_hands_its_options_and_pytests_status_on(commands):
+    options = ["--device", "cpu", "--dtype", "bfloat16", "--infer", "--peers", "eager,compile", "--budget", 2]
+    status, _ = fastarch_cli("bench", "gru", "attention", *options, "-k", "char", "--json", "a.json", "--record")
+    assert status == 5
     (command,) = commands
     assert command[:3] == [sys.executable, "-m", "pytest"]
-    assert any(Path(argument).name == "bench_conv_relu_pool.py" and Path(argument).exists() for argument in command)
-    assert command[-4:] == ["-k", "lenet", "--peers", "eager"]
+    assert [Path(file).name for file in command[-2:]] == ["bench_gru.py", "bench_attention.py"]
+    assert all(Path(file).exists() for file in command[-2:])
+    given = ["--device=cpu", "--dtype=bfloat16", "--modes=inference", "--peers=eager,compile", "--budget=2.0"]
+    assert {*given, "--json=a.json", "--record"} <= {*command}
+    assert command[command.index("-k") + 1] == "char"
+
+
+def test_bench_runs_everything_by_default(commands):
+    fastarch_cli("bench", "--train")
+    (command,) = commands
+    known = {f"bench_{name}.py" for name in ("conv_relu_pool", "batch_norm", "gru", "attention", "models", "fuse")}
+    assert known <= {Path(argument).name for argument in command}
+    assert "--modes=forward,training" in command
+
+
+def test_bench_hands_what_follows_two_dashes_to_pytest(commands):
+    fastarch_cli("bench", "gru", "--", "-x", "--benchmark-json", "b.json")
+    (command,) = commands
+    assert command[-4:-1] == ["-x", "--benchmark-json", "b.json"]
+    assert Path(command[-1]).name == "bench_gru.py"
+
+
+def test_bench_compares_two_records_instead(commands):
+    assert fastarch_cli("bench", "--compare", "a.json", "b.json")[0] == 5
+    (command,) = commands
+    assert [Path(argument).name for argument in command[1:]] == ["compare.py", "a.json", "b.json"]
+
+
+@pytest.mark.parametrize("options", [("--dtype", "int8"), ("--budget", "-1"), ("--compare", "a.json"), ("--nonsense",)])
+def test_bench_refuses_nonsense(commands, options):
+    assert fastarch_cli("bench", "gru", *options)[0] == 2
+    assert not commands
 
 
 NUMBER = r"[\d.]+"

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from model_twins import TorchSeq2Seq
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -184,3 +185,21 @@ def test_learns_to_reverse(attention, threads):
         optimizer.step()
     assert torch.equal(network.greedy(source, 4).tokens, target[:, 1:])
     assert torch.equal(network.beam(source, 4, 2).tokens[:, 0], target[:, 1:])
+
+
+def test_equals_torchs_layers(attention):
+    """Logits and gradients, of sequences of one length."""
+    network, (source, target, _) = build(attention), draw()
+    twin = TorchSeq2Seq(attention, SOURCES, TARGETS, 4, 6).double()
+    twin.load_state_dict(network.state_dict())
+    got, want = (results(n, source, target) for n in (network, twin))
+    assert got.keys() == want.keys()
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], msg=lambda m, key=key: f"{key}: {m}")
+
+
+def results(network: torch.nn.Module, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+    logits = network(source, target)
+    names, parameters = zip(*network.named_parameters())
+    grads = torch.autograd.grad(logits.square().sum(), parameters)
+    return {"logits": logits.detach()} | dict(zip(names, grads))

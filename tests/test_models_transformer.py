@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from closeness import assert_all_close
+from model_twins import TorchTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,37 +26,6 @@ SIZES = {"d_model": 12, "num_heads": HEADS, "num_layers": LAYERS, "d_ff": 20, "m
 def one_thread(threads):
     """Networks are too small for two."""
     threads(1)
-
-
-class TorchTransformer(nn.Module):
-    """The same of torch's own layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.source = nn.Embedding(SOURCES, 12)
-        self.target = nn.Embedding(TARGETS, 12)
-        kinds = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-        layers = [layer(12, HEADS, 20, dropout=0.0, batch_first=True) for layer in kinds]
-        self.encoder = nn.TransformerEncoder(layers[0], LAYERS, enable_nested_tensor=False)
-        self.decoder = nn.TransformerDecoder(layers[1], LAYERS)
-        stacks = {"custom_encoder": self.encoder, "custom_decoder": self.decoder}
-        self.transformer = [nn.Transformer(12, HEADS, batch_first=True, **stacks)]  # in a list: no keys of its own
-        self.fc = nn.Linear(12, TARGETS)
-
-    def forward(self, source: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
-        padding = torch.arange(source.shape[1]) >= lengths.unsqueeze(1)
-        masks = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}
-        causal = torch.ones(target.shape[1], target.shape[1]).triu(1).bool()
-        pair = (embed(self.source, source), embed(self.target, target))
-        return self.fc(self.transformer[0](*pair, tgt_mask=causal, **masks))
-
-
-def embed(embedding: nn.Embedding, tokens: Tensor) -> Tensor:
-    """Scaled, with sinusoids."""
-    x = math.sqrt(12) * embedding(tokens)
-    angles = [[t / 10000 ** (2 * (i // 2) / 12) for i in range(12)] for t in range(tokens.shape[1])]
-    table = [[math.cos(a) if i % 2 else math.sin(a) for i, a in enumerate(row)] for row in angles]
-    return x + torch.tensor(table).to(x.dtype)  # in float32, as the network keeps them
 
 
 def draw() -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +49,7 @@ def build(**options) -> nn.Module:
 
 
 def twin(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    other = TorchTransformer().double()
+    other = TorchTransformer(SOURCES, TARGETS, 12, HEADS, LAYERS, 20, 16).double()
     other.load_state_dict(network.state_dict())
     return other.to(dtype).eval()
 
