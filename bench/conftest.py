@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from tables import OURS, best_peer
 
-from fastarch.demo import saved_bytes
+from fastarch.measure import saved_bytes
 
 MODES = ("inference", "forward", "training")
 RESULTS = pytest.StashKey[list[dict]]()
