@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastarch import autocast, counterparts, routing
@@ -44,15 +45,20 @@ class Costs(TorchDispatchMode):
     masks, lengths and statistics by channel as they are.
     """
 
+    supports_higher_order_operators = True  # torch.cond, flex_attention: passed on
+
     def __init__(self, calls: list[routing.Call]):
         super().__init__()
-        self.calls, self.first, self.arguments = calls, {}, {}
+        self.calls = calls
+        self.kinds: dict[int, tuple] = {}  # by the number of a call: what calls that are alike have in common
+        self.arguments: dict[tuple, list] = {}  # of one call of each kind
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         number = len(self.calls) - 1
-        if func.namespace == "fastarch" and number >= 0 and number not in self.first and not types:  # no fake tensors
-            self.first[number] = (self.calls[number].operation, func, *(described(a) for a in args))
-            self.arguments.setdefault(self.first[number], self.keep(args))
+        is_ours = isinstance(func, OpOverload) and func.namespace == "fastarch" and not types  # no fake tensors
+        if is_ours and self.calls and number not in self.kinds:
+            self.kinds[number] = (self.calls[number].operation, func, *(described(a) for a in args))
+            self.arguments.setdefault(self.kinds[number], self.keep(args))
         return func(*args, **(kwargs or {}))
 
     def keep(self, arguments: tuple) -> list:
@@ -63,11 +69,12 @@ class Costs(TorchDispatchMode):
         """Of each call, ours and PyTorch's."""
         end, costs = time.perf_counter() + SECONDS, {}
         with torch.inference_mode(False), torch.no_grad():
-            for key, arguments in self.arguments.items():
+            for kind, arguments in self.arguments.items():
+                operation, function, *_ = kind
                 # something else runs first where a rank does not compute by itself: statistics of several ranks
-                if key[1].__name__.endswith("_fwd.default") and time.perf_counter() < end:
-                    costs[key] = compare(key[0], [made(a) for a in arguments])
-        return [costs.get(self.first.get(i), (None, None)) for i in range(len(self.calls))]
+                if function.__name__.endswith("_fwd.default") and time.perf_counter() < end:
+                    costs[kind] = compare(operation, [made(a) for a in arguments])
+        return [costs.get(self.kinds.get(i), (None, None)) for i in range(len(self.calls))]
 
 
 def described(argument):
@@ -93,7 +100,7 @@ def made(argument):
 def compare(operation: str, arguments: list) -> tuple[Cost | None, Cost | None]:
     """Ours and PyTorch's; None for what cannot be run here."""
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    with warnings.catch_warnings(), autocast.done(device.type), routing.recording():  # a record of its own, of no use
+    with warnings.catch_warnings(), autocast.done(device.type):
         warnings.simplefilter("ignore")
         try:
             tensors, *functions = counterparts.OF[operation](*arguments)
