@@ -137,6 +137,7 @@ setup(
         "fastarch",
         "fastarch.fusion",
         "fastarch.integrations",
+        "fastarch.integrations.kernels",
         "fastarch.kernels",
         "fastarch.models",
         "fastarch.nn",

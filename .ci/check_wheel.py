@@ -11,7 +11,7 @@ wheel = zipfile.ZipFile(sys.argv[1])
 names = wheel.namelist()
 top = {name.split("/")[0] for name in names if ".dist-info" not in name}
 assert top == {"fastarch"}, f"top-level names of the wheel: {top}"
-packages = {f"fastarch/{path.parent.name}/__init__.py" for path in Path("fastarch").glob("*/__init__.py")}
+packages = {path.as_posix() for kind in ("__init__.py", "*.json") for path in Path("fastarch").rglob(kind)}
 missing = {"fastarch/kernels/__init__.py", *packages} - {*names}
 assert not missing, f"missing: {sorted(missing)}"
 (extension,) = [name for name in names if re.fullmatch(r"fastarch/_C\..*so", name)]

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastarch.demo import saved_bytes
+from fastarch.measure import saved_bytes
 
 RESULTS = pytest.StashKey[list[dict]]()
 

@@ -101,20 +101,62 @@ def demo(
 @main.command()
 def explain(
     model: Annotated[str, typer.Argument(help="module:callable that returns a model, e.g. fastarch.models:lenet5")],
-    shape: Annotated[str, typer.Option(help="of the input, e.g. 1x1x32x32")],
+    shape: Annotated[
+        list[str],
+        typer.Option(help="of an input, e.g. 1x1x32x32, or with a dtype 2x16:long; once for each input, in order"),
+    ],
+    fuse: Annotated[bool, typer.Option("--fuse", help="explain what fastarch.fuse makes of the model")] = False,
+    train: Annotated[
+        bool | None, typer.Option("--train/--eval", help="the mode, which else is the one that the model comes in")
+    ] = None,
+    timed: Annotated[bool, typer.Option(help="measure each call, and PyTorch's way to do the same")] = True,
 ) -> None:
-    """Show which kernel serves each layer of a model."""
+    """Show which kernel serves each layer of a model, what that costs, and what is left to PyTorch.
+
+    Inputs are random: normal for floating dtypes (float32 unless said), 0 or 1 for the others.
+    """
     sys.path.append("")  # the user's own module may lie in the current folder
+    inputs = [drawn(s) for s in shape]
+    network = built(model)
+    if train is not None:
+        network.train(train)
+    if fuse:
+        network = fastarch.fuse(network)
+    try:
+        explanations = fastarch.explain(network, *inputs, timed=timed)
+    except Exception as error:  # whatever forward raises
+        message = f"want inputs that {model} takes, got {', '.join(shape)}: {error}"
+        raise typer.BadParameter(message, param_hint="--shape") from error
+    console.print(explanations)
+
+
+def built(model: str) -> torch.nn.Module:
+    """What module:callable returns."""
     module, _, name = model.partition(":")
     try:
-        build = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        network = getattr(importlib.import_module(module), name)()
+    except Exception as error:  # whatever importing and calling it raise
         raise typer.BadParameter(f"want module:callable, got {model!r}: {error}", param_hint="model") from error
+    if not isinstance(network, torch.nn.Module):
+        came = f"{type(network).__name__} from {model!r}"
+        raise typer.BadParameter(f"want a callable that returns a torch.nn.Module, got {came}", param_hint="model")
+    return network
+
+
+def drawn(shape: str) -> torch.Tensor:
+    """A tensor of a shape such as 1x1x32x32 or, with a dtype, 2x16:long."""
+    sizes, colon, name = shape.partition(":")
+    dtype = getattr(torch, name, None) if colon else torch.float32
     try:
-        sizes = [int(n) for n in shape.split("x")]
-    except ValueError as error:
-        raise typer.BadParameter(f"want sizes such as 1x1x32x32, got {shape!r}", param_hint="--shape") from error
-    console.print(fastarch.explain(build(), torch.randn(sizes)))
+        sizes = [int(n) for n in sizes.split("x")]
+    except ValueError:
+        sizes = None
+    if sizes is None or min(sizes) < 0 or not isinstance(dtype, torch.dtype):
+        want = "sizes such as 1x1x32x32, or with a dtype of torch 2x16:long"
+        raise typer.BadParameter(f"want {want}, got {shape!r}", param_hint="--shape")
+    if dtype.is_floating_point:
+        return torch.randn(sizes, dtype=dtype)
+    return torch.randint(2, sizes, dtype=dtype)  # tokens of any vocabulary
 
 
 class Dtype(str, Enum):

@@ -2,7 +2,6 @@
 
 import gzip
 import math
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastarch.measure import now, saved_bytes
 from fastarch.models import lenet5
 
 BATCH = 64
@@ -53,26 +53,6 @@ class Learner:
         self.network.eval()
         with torch.no_grad():
             return torch.cat([self.network(part).argmax(1) for part in images.split(512)])
-
-
-def saved_bytes(network: nn.Module, *inputs: Tensor) -> int:
-    """What autograd keeps for the backward of network(*inputs)."""
-    kept = {}
-
-    def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = network(*inputs)  # held, or a kept tensor's address could be used again
-    del output
-    return sum(kept.values())
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def torch_lenet5(like: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import fastarch
 from fastarch import cli, demo, extension, nn, ops
 
+NUMBER = r"[\d.]+"
 IDX = {"train-images-idx3-ubyte": 40, "train-labels-idx1-ubyte": 40, "t10k-images-idx3-ubyte": 30}
 IDX["t10k-labels-idx1-ubyte.gz"] = 30
 
@@ -79,6 +80,79 @@ def test_explain_finds_a_module_in_the_current_folder(tmp_path, monkeypatch):
     assert "(model) conv_relu_pool input 1x3x8x8 weight 4x3x3x3" in printed
 
 
+NETWORKS = """
+import torch
+from fastarch import nn
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.gru, self.norm = nn.Embedding(2, 4), torch.nn.GRU(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, tokens, bias):
+        assert tokens.dtype == torch.int64 and bias.dtype == torch.float64, (tokens.dtype, bias.dtype)
+        print("training" if self.training else "evaluating")
+        return self.norm(self.gru(self.embedding(tokens))[0].flatten(0, 1) + bias.float())
+
+def two():
+    return Two().eval()
+
+def number():
+    return 7
+
+def broken():
+    raise KeyError("weights")
+"""
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+    (tmp_path / "networks_of_the_user.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "networks_of_the_user", raising=False)
+    return "networks_of_the_user"
+
+
+def test_explain_draws_several_inputs_of_their_dtypes(networks):
+    status, printed = fastarch_cli("explain", f"{networks}:two", "--shape", "5x3:long", "--shape", "4:float64")
+    assert status == 0
+    assert "norm batch_norm input 15x4" in printed
+    assert "gru GRU not fused: fastarch.fuse makes it fastarch.nn.GRU" in printed
+
+
+def test_explain_of_what_fuse_makes(networks):
+    status, printed = fastarch_cli(
+        "explain", f"{networks}:two", "--shape", "5x3:long", "--shape", "4:float64", "--fuse"
+    )
+    assert status == 0
+    assert "gru gru input 5x3x4 state 3x4" in printed
+    assert "not fused" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"), [((), "evaluating"), (("--eval",), "evaluating"), (("--train",), "training")], ids=str
+)
+def test_explain_in_a_mode(networks, options, mode):
+    inputs = ("--shape", "5x3:long", "--shape", "4:float64")
+    _, printed = fastarch_cli("explain", f"{networks}:two", *inputs, *options)
+    assert printed.startswith(mode)
+
+
+@pytest.mark.skipif(extension.cpu is None, reason="fastarch._C is not built")
+def test_explain_measures_unless_told_not_to():
+    model = ("explain", "fastarch.models:lenet5", "--shape", "2x1x32x32")
+    status, printed = fastarch_cli(*model)
+    assert status == 0
+    assert re.search(rf"c1 conv_relu_pool .* {NUMBER} {NUMBER} 0.0112 0.0652 ", printed)
+    status, printed = fastarch_cli(*model, "--no-timed")
+    assert status == 0
+    assert "c1 conv_relu_pool" in printed
+    assert "0.0112" not in printed
+
+
+SIZES = "want sizes such as 1x1x32x32, or with a dtype of torch 2x16:long, got "
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
@@ -89,10 +163,21 @@ def test_explain_finds_a_module_in_the_current_folder(tmp_path, monkeypatch):
         ),
         ("fastarch.models:nonsense", "1x1x32x32", "want module:callable, got 'fastarch.models:nonsense': module"),
         ("fastarch.models", "1x1x32x32", "want module:callable, got 'fastarch.models'"),
-        ("fastarch.models:lenet5", "1,1,32,32", "want sizes such as 1x1x32x32, got '1,1,32,32'"),
+        ("networks_of_the_user:broken", "1", "want module:callable, got 'networks_of_the_user:broken': 'weights'"),
+        (
+            "networks_of_the_user:number",
+            "1",
+            "want a callable that returns a torch.nn.Module, got int from 'networks_of_the_user:number'",
+        ),
+        ("fastarch.models:lenet5", "1,1,32,32", SIZES + "'1,1,32,32'"),
+        ("fastarch.models:lenet5", "1x-1", SIZES + "'1x-1'"),
+        ("fastarch.models:lenet5", "2x16:", SIZES + "'2x16:'"),
+        ("fastarch.models:lenet5", "2x16:longer", SIZES + "'2x16:longer'"),
+        ("fastarch.models:lenet5", "2x16:nn", SIZES + "'2x16:nn'"),
+        ("fastarch.models:lenet5", "2x16:long", "want inputs that fastarch.models:lenet5 takes, got 2x16:long: "),
     ],
 )
-def test_explain_says_what_was_wanted(model, shape, message):
+def test_explain_says_what_was_wanted(networks, model, shape, message):
     status, printed = fastarch_cli("explain", model, "--shape", shape)
     assert status == 2
     assert message in printed
@@ -154,7 +239,6 @@ def test_bench_refuses_nonsense(commands, options):
     assert not commands
 
 
-NUMBER = r"[\d.]+"
 COMPARISON = (
     rf"test accuracy {NUMBER}% {NUMBER}% .*"
     rf"training step, median {NUMBER} ms {NUMBER} ms {NUMBER} times as fast .*"
@@ -243,7 +327,7 @@ class Mixed(nn.Module):
 
 
 def test_explain_shows_the_reason_for_the_reference():
-    explanations = fastarch.explain(Mixed(), torch.randn(2, 1, 70, 70))
+    explanations = fastarch.explain(Mixed(), torch.randn(2, 1, 70, 70), timed=False)
     large = explanations[1]
     assert (large.layer, large.operation, large.kernel) == ("large", "conv_relu_pool", "reference")
     assert large.shapes == {"input": (2, 1, 70, 70), "weight": (2, 1, 3, 3)}

@@ -16,14 +16,17 @@ ALLOWED = {
     "fastarch/ops": {"torch", "fastarch", "fastarch.ref", "fastarch.kernels", "fastarch.ops", *SHARED},
     "fastarch/nn": {"torch", "fastarch", "fastarch.nn", "fastarch.ops"},
     "fastarch/models": {"torch", "fastarch", "fastarch.nn", "fastarch.models"},
-    "fastarch/integrations": {"torch", "transformers", "fastarch", "fastarch.ops"},
+    "fastarch/integrations": {
+        *("torch", "transformers", "fastarch"),
+        *("fastarch.integrations", "fastarch.nn", "fastarch.ops"),
+    },
 }
 # names that `from fastarch import ...` may bring in
 NAMES = {
     "fastarch/ops": {"autocast", "extension", "routing"},
     "fastarch/nn": {"ops"},
     "fastarch/models": {"nn"},
-    "fastarch/integrations": {"ops"},
+    "fastarch/integrations": {"nn", "ops"},
 }
 
 

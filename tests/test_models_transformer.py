@@ -211,7 +211,7 @@ def test_an_empty_batch():
 
 @pytest.mark.skipif(extension.cpu is None, reason="fastarch._C is not built")
 def test_kernels_serve_teacher_forcing():
-    calls = fastarch.explain(build(), *draw())
+    calls = fastarch.explain(build(), *draw(), timed=False)
     layers = [f"encoder.layers.{i}.self_attn" for i in range(LAYERS)]
     layers += [f"decoder.layers.{i}.{name}" for i in range(LAYERS) for name in ("self_attn", "multihead_attn")]
     assert [call.layer for call in calls] == layers
