@@ -427,7 +427,7 @@ def test_tables_fit_into_160_columns():
 @built
 def test_numbers_stay_whole_in_a_narrow_window():
     (call,) = found = fastarch.explain(nn.ConvReLUPool2d(1, 2, 3), draw(1, 1, 300, 300))
-    console = Console(width=80)
+    console = Console(width=60)
     with console.capture() as captured:
         console.print(found)
     assert f" {number(call.pytorchs.saved_bytes, 1e-6)} " in captured.get()
