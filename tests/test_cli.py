@@ -184,6 +184,7 @@ SIZES = "want sizes such as 1x1x32x32, or with a dtype of torch 2x16:long, got "
         ("fastarch.models:lenet5", "2x16:", SIZES + "'2x16:'"),
         ("fastarch.models:lenet5", "2x16:longer", SIZES + "'2x16:longer'"),
         ("fastarch.models:lenet5", "2x16:nn", SIZES + "'2x16:nn'"),
+        ("fastarch.models:lenet5", "2x16:quint8", SIZES + "'2x16:quint8'"),
         ("fastarch.models:lenet5", "2x16:long", "want inputs that fastarch.models:lenet5 takes, got 2x16:long: "),
     ],
 )

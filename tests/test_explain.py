@@ -85,10 +85,10 @@ def test_the_times_are_of_the_two_functions(monkeypatch):
 def test_medians_leave_the_first_round_out(monkeypatch):
     monkeypatch.setattr(measure, "SECONDS", 10.0)
     monkeypatch.setattr(measure, "ROUNDS", 1)
-    durations = [0.1, 0.001]
+    durations = [0.5, 0.001]
     (seconds,) = measure.medians([lambda: time.sleep(durations.pop(0))], torch.device("cpu"))
     assert durations == []
-    assert 0.001 <= seconds < 0.03
+    assert 0.001 <= seconds < 0.2
 
 
 def test_one_round_is_enough_where_it_takes_long(monkeypatch):
