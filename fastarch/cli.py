@@ -146,17 +146,15 @@ def built(model: str) -> torch.nn.Module:
 def drawn(shape: str) -> torch.Tensor:
     """A tensor of a shape such as 1x1x32x32 or, with a dtype, 2x16:long."""
     sizes, colon, name = shape.partition(":")
-    dtype = getattr(torch, name, None) if colon else torch.float32
     try:
         sizes = [int(n) for n in sizes.split("x")]
-    except ValueError:
-        sizes = None
-    if sizes is None or min(sizes) < 0 or not isinstance(dtype, torch.dtype):
+        dtype = getattr(torch, name) if colon else torch.float32
+        if dtype.is_floating_point or dtype.is_complex:
+            return torch.randn(sizes, dtype=dtype)
+        return torch.randint(2, sizes, dtype=dtype)  # tokens of any vocabulary
+    except (ValueError, AttributeError, RuntimeError) as error:  # no number, no such dtype, nothing to be drawn
         want = "sizes such as 1x1x32x32, or with a dtype of torch 2x16:long"
-        raise typer.BadParameter(f"want {want}, got {shape!r}", param_hint="--shape")
-    if dtype.is_floating_point:
-        return torch.randn(sizes, dtype=dtype)
-    return torch.randint(2, sizes, dtype=dtype)  # tokens of any vocabulary
+        raise typer.BadParameter(f"want {want}, got {shape!r}", param_hint="--shape") from error
 
 
 class Dtype(str, Enum):

@@ -205,8 +205,10 @@ def attention_of_pytorch(q, k, mask, alibi_slopes, rest, options: Attention) -> 
         live = looked_at(q, Lk, seqlens_k, options)
         if mask is None:
             mask = None if live.all() else live
-        else:
-            mask = mask & live if mask.dtype == torch.bool else mask.to(q.dtype).masked_fill(~live, -torch.inf)
+        elif mask.dtype == torch.bool:
+            mask = mask & live
+        else:  # in q's dtype, without which CUDA's fused kernels refuse it
+            mask = mask.to(q.dtype).masked_fill(~live, -torch.inf)
     return partial(
         F.scaled_dot_product_attention,
         attn_mask=mask,

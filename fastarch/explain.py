@@ -42,7 +42,9 @@ class Unfused(NamedTuple):
 class Explanations(list[Explanation]):
     """A list that prints as a table, and as another one of what is `unfused`."""
 
-    unfused: list[Unfused]
+    def __init__(self):
+        super().__init__()
+        self.unfused: list[Unfused] = []
 
     def __rich__(self):
         from rich.console import Group
@@ -100,8 +102,8 @@ def number(value: float | None, unit: float) -> str:
 def explain(model: nn.Module, *inputs, timed: bool = True) -> Explanations:
     """Run model(*inputs) once, without gradients, and tell which kernel served each call of an operation of fastarch.
 
-    The model runs as it is, in training or in evaluation; one that torch.compile made runs uncompiled. Its buffers
-    (running statistics) and the state of random number generators are what they were when explain returns.
+    The model runs as it is, in training or in evaluation; one that torch.compile made runs uncompiled. Afterwards its
+    buffers (running statistics) and torch's random number generators are what they were before.
 
     Args:
         model: with parameters and inputs on any device.

@@ -97,6 +97,9 @@ class Two(nn.Module):
 def two():
     return Two().eval()
 
+def two_in_training():
+    return Two()
+
 def number():
     return 7
 
@@ -130,11 +133,18 @@ def test_explain_of_what_fuse_makes(networks):
 
 
 @pytest.mark.parametrize(
-    ("options", "mode"), [((), "evaluating"), (("--eval",), "evaluating"), (("--train",), "training")], ids=str
+    ("model", "options", "mode"),
+    [
+        ("two", (), "evaluating"),
+        ("two", ("--train",), "training"),
+        ("two_in_training", (), "training"),
+        ("two_in_training", ("--eval",), "evaluating"),
+    ],
+    ids=str,
 )
-def test_explain_in_a_mode(networks, options, mode):
+def test_explain_in_a_mode(networks, model, options, mode):
     inputs = ("--shape", "5x3:long", "--shape", "4:float64")
-    _, printed = fastarch_cli("explain", f"{networks}:two", *inputs, *options)
+    _, printed = fastarch_cli("explain", f"{networks}:{model}", *inputs, *options)
     assert printed.startswith(mode)
 
 
@@ -174,6 +184,7 @@ SIZES = "want sizes such as 1x1x32x32, or with a dtype of torch 2x16:long, got "
         ("fastarch.models:lenet5", "2x16:", SIZES + "'2x16:'"),
         ("fastarch.models:lenet5", "2x16:longer", SIZES + "'2x16:longer'"),
         ("fastarch.models:lenet5", "2x16:nn", SIZES + "'2x16:nn'"),
+        ("fastarch.models:lenet5", "2x16:quint8", SIZES + "'2x16:quint8'"),
         ("fastarch.models:lenet5", "2x16:long", "want inputs that fastarch.models:lenet5 takes, got 2x16:long: "),
     ],
 )

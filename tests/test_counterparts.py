@@ -64,6 +64,7 @@ CASES = {
     "sdpa_mask": sdpa(*heads(), causal, enable_gqa=True),
     "sdpa_mask_causal": sdpa(*heads(), torch.randn(9) > 0, is_causal=True),
     "sdpa_added": sdpa(*heads(Hkv=2), draw(2, 1, 6, 9), enable_gqa=True, window=(3, 4)),
+    "sdpa_added_16_bits": sdpa(*(t.bfloat16() for t in heads()), draw(6, 9).float()),
     "sdpa_window": sdpa(*heads(), window=(2, 1), causal_alignment="lower_right"),
     "sdpa_lower_right": sdpa(*heads(), is_causal=True, causal_alignment="lower_right"),
     "sdpa_softcap_alibi": sdpa(*heads(), softcap=2.0, alibi_slopes=draw(4).abs(), window=(3, -1)),
@@ -100,7 +101,8 @@ def test_pytorch_gives_what_ours_gives(case):
     pairs = list(zip(outputs(ours(*tensors)), outputs(pytorchs(*tensors))))
     assert pairs
     for got, want in pairs:
-        torch.testing.assert_close(got, want)
+        rounding = {"rtol": 2e-2, "atol": 1e-2} if want.dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(got, want, **rounding)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -128,6 +130,26 @@ def test_pytorch_is_not_asked_to_write_huge_scores(monkeypatch):
     operation, arguments = arguments_of(packed(softcap=1.0))
     monkeypatch.setattr(counterparts, "LARGEST_SCORES", 1)
     assert counterparts.OF[operation](*arguments).pytorchs is None
+
+
+def test_only_what_writes_scores_is_refused(monkeypatch):
+    monkeypatch.setattr(counterparts, "LARGEST_SCORES", 0)
+    operation, arguments = arguments_of(sdpa(*heads(), window=(2, 2)))
+    assert counterparts.OF[operation](*arguments).pytorchs is not None
+
+
+@pytest.mark.parametrize("call", [sdpa(*heads()), sdpa(*heads(), is_causal=True), sdpa(*heads(1), window=(-1, 8))])
+def test_pytorch_has_its_fastest_call(call):
+    """Masks and grouped heads keep it from some of its kernels."""
+    operation, arguments = arguments_of(call)
+    options = counterparts.OF[operation](*arguments).pytorchs.keywords
+    assert options["attn_mask"] is None
+    assert options["enable_gqa"] is False
+
+
+def test_ours_has_options_by_which_plans_are_looked_up():
+    operation, arguments = arguments_of(CASES["conv"])
+    hash(tuple(counterparts.OF[operation](*arguments).ours.keywords.values()))
 
 
 def test_dropout_drops_as_often():

@@ -85,10 +85,10 @@ def test_the_times_are_of_the_two_functions(monkeypatch):
 def test_medians_leave_the_first_round_out(monkeypatch):
     monkeypatch.setattr(measure, "SECONDS", 10.0)
     monkeypatch.setattr(measure, "ROUNDS", 1)
-    durations = [0.1, 0.001]
+    durations = [0.5, 0.001]
     (seconds,) = measure.medians([lambda: time.sleep(durations.pop(0))], torch.device("cpu"))
     assert durations == []
-    assert 0.001 <= seconds < 0.03
+    assert 0.001 <= seconds < 0.2
 
 
 def test_one_round_is_enough_where_it_takes_long(monkeypatch):
@@ -427,7 +427,7 @@ def test_tables_fit_into_160_columns():
 @built
 def test_numbers_stay_whole_in_a_narrow_window():
     (call,) = found = fastarch.explain(nn.ConvReLUPool2d(1, 2, 3), draw(1, 1, 300, 300))
-    console = Console(width=80)
+    console = Console(width=60)
     with console.capture() as captured:
         console.print(found)
     assert f" {number(call.pytorchs.saved_bytes, 1e-6)} " in captured.get()
