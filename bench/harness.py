@@ -115,7 +115,7 @@ def providers(case: Case, mode: str, chosen: list[str]) -> tuple[dict[str, Run],
     for name, (prepare, module) in modules.items():
         try:
             run = provider(prepare, module, case, mode)
-            check(run(), want, case.layers)
+            check(run(), want, case)
         except Exception as error:  # exporters and compilers raise what they like
             if name.startswith(OURS) or name == REFERENCE:
                 raise
@@ -181,11 +181,11 @@ def layout(t: Tensor) -> torch.memory_format:
     return torch.channels_last if t.dim() == 4 and not t.is_contiguous() else torch.contiguous_format
 
 
-def check(results: tuple[Tensor, ...], want: tuple[Tensor, ...], layers: int) -> None:
-    """Nothing is timed whose results differ from the reference in float64."""
+def check(results: tuple[Tensor, ...], want: tuple[Tensor, ...], case: Case) -> None:
+    """Nothing is timed whose results differ from the reference in float64, as far as the case's dtype can tell."""
     for i, (a, b) in enumerate(zip(results, want, strict=True)):
         error, scale = (a - b).norm().item(), b.norm().item()
-        if not error <= layers * TOLERANCE[a.dtype][i > 0] * scale:
+        if not error <= case.layers * TOLERANCE[case.dtype][i > 0] * scale:
             raise AssertionError(f"result {i} is off by {error:.3g} where the norm is {scale:.3g}")
 
 
