@@ -83,8 +83,8 @@ class First(nn.Module):
 
 def whole_network(name: str, ours: nn.Module, reference: nn.Module, *inputs: Tensor) -> Case:
     """Every parameter is read, the inputs read and the output written, whatever stands between."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        y = reference(*inputs)
+    with FlopCounterMode(display=False) as counter:
+        y = reference(*inputs)  # with gradients: without, Transformers take a path whose operations are not counted
     moved = sum(t.nbytes for t in (*reference.parameters(), *inputs, y))
     flops, images = counter.get_total_flops(), inputs[0].dim() == 4
     return Case(name, ours, reference, inputs, flops, moved, layers=10, of_inputs=False, in_any_format=images)
@@ -115,7 +115,7 @@ def providers(case: Case, mode: str, chosen: list[str]) -> tuple[dict[str, Run],
     for name, (prepare, module) in modules.items():
         try:
             run = provider(prepare, module, case, mode)
-            check(run(), want, case.layers)
+            check(run(), want, case)
         except Exception as error:  # exporters and compilers raise what they like
             if name.startswith(OURS) or name == REFERENCE:
                 raise
@@ -181,11 +181,11 @@ def layout(t: Tensor) -> torch.memory_format:
     return torch.channels_last if t.dim() == 4 and not t.is_contiguous() else torch.contiguous_format
 
 
-def check(results: tuple[Tensor, ...], want: tuple[Tensor, ...], layers: int) -> None:
-    """Nothing is timed whose results differ from the reference in float64."""
+def check(results: tuple[Tensor, ...], want: tuple[Tensor, ...], case: Case) -> None:
+    """Nothing is timed whose results differ from the reference in float64, as far as the case's dtype can tell."""
     for i, (a, b) in enumerate(zip(results, want, strict=True)):
         error, scale = (a - b).norm().item(), b.norm().item()
-        if not error <= layers * TOLERANCE[a.dtype][i > 0] * scale:
+        if not error <= case.layers * TOLERANCE[case.dtype][i > 0] * scale:
             raise AssertionError(f"result {i} is off by {error:.3g} where the norm is {scale:.3g}")
 
 
