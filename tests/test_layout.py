@@ -14,7 +14,7 @@ ALLOWED = {
     "fastarch/ref": {"torch"},
     "kernels": {"torch", "triton", "fastarch.kernels"},
     "fastarch/ops": {"torch", "fastarch", "fastarch.ref", "fastarch.kernels", "fastarch.ops", *SHARED},
-    "fastarch/nn": {"torch", "fastarch", "fastarch.nn", "fastarch.ops"},
+    "fastarch/nn": {"torch", "fastarch", "fastarch.autocast", "fastarch.nn", "fastarch.ops"},
     "fastarch/models": {"torch", "fastarch", "fastarch.nn", "fastarch.models"},
     "fastarch/integrations": {
         *("torch", "transformers", "fastarch"),
@@ -24,7 +24,7 @@ ALLOWED = {
 # names that `from fastarch import ...` may bring in
 NAMES = {
     "fastarch/ops": {"autocast", "extension", "routing"},
-    "fastarch/nn": {"ops"},
+    "fastarch/nn": {"autocast", "ops"},
     "fastarch/models": {"nn"},
     "fastarch/integrations": {"nn", "ops"},
 }

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fastarch import autocast, ops
 from fastarch import nn as ours
-from fastarch import ops
 from fastarch.fusion.swaps import why_special
 from fastarch.nn.batch_norm import folded
 
@@ -154,12 +154,10 @@ def may_fold(conv: nn.Conv2d, norm: nn.Module) -> bool:
 
 def conv_takes(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether x is what a convolution takes; of anything else torch shall say itself what is wrong with it."""
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return (
         x.dim() == 4
         and x.shape[1] == conv.in_channels
-        and (x.dtype == conv.weight.dtype or autocast)
+        and (x.dtype == conv.weight.dtype or autocast.is_on(x.device.type))
         and x.device == conv.weight.device
     )
 

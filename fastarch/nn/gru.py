@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from fastarch import ops
+from fastarch import autocast, ops
 from fastarch.nn.leaf import Leaf
 
 
@@ -133,15 +133,14 @@ def check(
     name: str, input: Tensor, hx: Tensor | None, w_ih: Tensor, shape: tuple[int, ...], mixed: type[Exception]
 ) -> None:
     """What torch.nn's twin refuses, with its class of error; `mixed` is that for another dtype than the weights'."""
-    device = input.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if input.dtype != w_ih.dtype and not autocast:
+    casts = autocast.is_on(input.device.type)
+    if input.dtype != w_ih.dtype and not casts:
         raise mixed(f"{name}: want input in {w_ih.dtype} as the weights, got {input.dtype}")
     if input.shape[-1] != w_ih.shape[1]:
         raise RuntimeError(f"{name}: want input of {w_ih.shape[1]} features, got {[*input.shape]}")
     if hx is not None and hx.shape != shape:
         raise RuntimeError(f"{name}: want hx {[*shape]} for input {[*input.shape]}, got {[*hx.shape]}")
-    if hx is not None and hx.dtype != input.dtype and not autocast:
+    if hx is not None and hx.dtype != input.dtype and not casts:
         raise RuntimeError(f"{name}: want hx in {input.dtype} as input, got {hx.dtype}")
     for what, t in {"hx": input if hx is None else hx, "weights": w_ih}.items():
         if t.device != input.device:

@@ -337,8 +337,8 @@ def scaled_dot_product_attention(
     al. 2021, arXiv 2108.12409, for ALiBi; Gemma 2, arXiv 2408.00118, section 2, for the soft cap.
     """
     check_tensor(SDPA, "query", query)
-    check_tensor(SDPA, "key", key, query if not autocasts(query) else None)
-    check_tensor(SDPA, "value", value, query if not autocasts(query) else None)
+    check_tensor(SDPA, "key", key, query if not autocast.is_on(query.device.type) else None)
+    check_tensor(SDPA, "value", value, query if not autocast.is_on(query.device.type) else None)
     if not all(2 <= t.dim() <= 4 for t in (query, key, value)):
         shapes = ", ".join(str([*t.shape]) for t in (query, key, value))
         raise error(SDPA, "query, key and value [B, H, L, D] or [H, L, D]", shapes)
@@ -378,11 +378,6 @@ def cast(q, k, v) -> tuple:
     """As autocast wants them; what is no tensor is told of later."""
     tensors = all(isinstance(t, Tensor) for t in (q, k, v))
     return autocast.cast(q.device.type, q, k, v) if tensors else (q, k, v)
-
-
-def autocasts(t: Tensor) -> bool:
-    """Whether tensors may differ in dtype, for they are about to be cast."""
-    return torch.amp.is_autocast_available(t.device.type) and torch.is_autocast_enabled(t.device.type)
 
 
 def shapes_of(*tensors: Tensor) -> str:
