@@ -60,7 +60,12 @@ class ProgressBar:
     """Drawn between the cases only: a thread that redraws it would take the core from what is timed."""
 
     def __init__(self):
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+        )
         terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # pytest captures the other while a test runs
         self.progress = Progress(*columns, console=Console(file=terminal), auto_refresh=False, transient=True)
         self.cases = self.progress.add_task("")
@@ -179,26 +184,20 @@ def table(title: str, results: list[dict]) -> Table:
     """Milliseconds, our share of the floor, and our speed against the best of the others."""
     names = list(dict.fromkeys(name for r in results for name in r["timings"]))
     view = Table(title=f"{title}: ms, median of the rounds")
-    for column in (
-        "case",
-        *names,
-        "of floor",
-        "into fresh memory",
-        "against the best",
-        "quartiles",
-        "saved, of eager's",
-    ):
-        view.add_column(column, justify="left" if column == "case" else "right")
+    kept = any("saved_bytes" in r for r in results)
+    verdicts = ["of floor", "into fresh memory", "against the best", "quartiles"]
+    for column in ("case", *names, *verdicts, *["saved, of eager's"] * kept):
+        view.add_column(column, justify="left" if column == "case" else "right", overflow="fold")
     ratios = []
     for r in results:
         peer, ours = best_peer(r), r["timings"][OURS]["seconds"]
         t = r["timings"][peer]
         ratios.append(t["ratio"])
-        saved = f"{r['saved_bytes'] / r['eager_saved_bytes']:.0%}" if "saved_bytes" in r else ""
+        saved = [f"{r['saved_bytes'] / r['eager_saved_bytes']:.0%}"] if kept else []
         times = [f"{r['timings'][n]['seconds'] * 1e3:.3g}" if n in r["timings"] else "" for n in names]
         low, high = (f"{t[q]:.2f}" for q in ("ratio_low", "ratio_high"))
         shares = [f"{r[floor] / ours:.0%}" for floor in ("floor_seconds", "fresh_floor_seconds")]
-        view.add_row(r["case"], *times, *shares, f"{t['ratio']:.2f}x {peer}", f"{low} to {high}", saved)
+        view.add_row(r["case"], *times, *shares, f"{t['ratio']:.2f}x {peer}", f"{low} to {high}", *saved)
     view.caption = (
         f"geometric mean against the best: {statistics.geometric_mean(ratios):.2f}x, least {min(ratios):.2f}x"
     )
