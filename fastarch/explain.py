@@ -1,5 +1,6 @@
 """fastarch.explain: which kernel served each layer of a model, and why."""
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ def explain(model: nn.Module, *inputs) -> Explanations:
 
     What is not listed ran on torch's own operations. Print the result for a table.
     """
-    found, path = Explanations(), []
+    found, path, thread = Explanations(), [], threading.get_ident()
     names = {id(module): name or "(model)" for name, module in model.named_modules()}
 
     def credit():
@@ -54,10 +55,14 @@ def explain(model: nn.Module, *inputs) -> Explanations:
         calls.clear()
 
     def enter(module, _):
+        if threading.get_ident() != thread:  # the hooks see what every thread runs
+            return
         credit()
         path.append(names.get(id(module)) or path[-1])
 
     def leave(*_):
+        if threading.get_ident() != thread:
+            return
         credit()
         path.pop()
 
