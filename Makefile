@@ -61,7 +61,7 @@ lint: $(READY)
 
 SANITIZED := build/sanitize
 sanitize: $(READY)
-	FASTARCH_SANITIZE=1 FASTARCH_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	FASTARCH_SANITIZE=address,undefined FASTARCH_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	for isa in avx512 avx2 generic; do \
 	  FASTARCH_CPU_ISA=$$isa FASTARCH_FUZZ_EXAMPLES=400 PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libubsan.so)" \

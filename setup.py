@@ -1,7 +1,7 @@
 """Builds fastarch: the CPU kernels once per instruction set, fastarch._C around them, and fastarch._cuda where it can.
 
 Environment: CXX; FASTARCH_CUDA=0|1 forces the CUDA extension off or on; TORCH_CUDA_ARCH_LIST names its architectures;
-FASTARCH_SANITIZE=1 builds the C++ with AddressSanitizer and UndefinedBehaviorSanitizer (make sanitize).
+FASTARCH_SANITIZE builds the C++ with GCC's sanitizers: address,undefined (make sanitize) or thread (make races).
 """
 
 import os
@@ -45,8 +45,8 @@ KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contr
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
 OPTIMISE = ["-std=c++20", "-O2", "-fvisibility=hidden"]
 # -O1: instrumented, the unrolled loops of the kernels take minutes a file to optimise
-SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-SANITIZE = SANITIZE if os.environ.get("FASTARCH_SANITIZE") == "1" else []
+SANITIZE = ["-O1", "-g", f"-fsanitize={os.environ.get('FASTARCH_SANITIZE')}", "-fno-sanitize-recover=all"]
+SANITIZE = SANITIZE if "FASTARCH_SANITIZE" in os.environ else []
 
 
 def cuda_wanted() -> bool:
@@ -58,6 +58,7 @@ def cuda_wanted() -> bool:
 def cpu_extension() -> Extension:
     macros = [
         ("FASTARCH_VERSION", f'"{VERSION["__version__"]}"'),
+        ("FASTARCH_TORCH", f'"{torch.__version__}"'),
         ("FASTARCH_KERNEL_FLAGS", f'"{" ".join(KERNEL_FLAGS)}"'),
         *((f"FASTARCH_BUILDS_{isa.upper()}", None) for isa in INSTRUCTION_SETS),
     ]
@@ -146,5 +147,5 @@ setup(
     ],
     package_dir={"fastarch": "fastarch", "fastarch.kernels": "kernels"},
     # pip without torch in its environment installs one anyway, so build against that one
-    setup_requires=[] if torch else ["torch>=2.11,<2.15"],
+    setup_requires=[] if torch else ["torch>={},<{}".format(*VERSION["TORCH"])],
 )

@@ -6,6 +6,7 @@
 
 PYBIND11_MODULE(_C, module) {
   module.attr("version") = FASTARCH_VERSION;
+  module.attr("torch") = FASTARCH_TORCH;  // that it was compiled against
 #if defined(__clang__)
   module.attr("compiler") = "clang " __clang_version__;
 #else

@@ -26,12 +26,13 @@ console = Console()
 def info() -> None:
     """Versions, devices, and the back ends that each operation has here."""
     built = extension.cpu is not None
+    kernels = f"{extension.isa} (built: {', '.join(extension.cpu.isas)})" if built else f"{extension.no_cpu}: reference"
     rows = {
         "fastarch": f"{fastarch.__version__}, {Path(fastarch.__file__).parent}",
         "Python, torch": f"{platform.python_version()}, {torch.__version__}",
         "Triton": triton_version() or "not installed",
         "processor": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "CPU kernels": f"{extension.isa} (built: {', '.join(extension.cpu.isas)})" if built else "not built: reference",
+        "CPU kernels": kernels,
         "compiled with": f"{extension.cpu.compiler}, {extension.cpu.flags}" if built else "",
         "CUDA kernels": f"built for {extension.cuda.architectures}" if extension.cuda else "not built",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",

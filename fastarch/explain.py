@@ -1,5 +1,6 @@
 """fastarch.explain: which kernel served each layer of a model, why, at what cost, and what is left to PyTorch."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -125,7 +126,7 @@ def explain(model: nn.Module, *inputs, timed: bool = True) -> Explanations:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: want a torch.nn.Module, got {type(model).__name__}")
-    found, path = Explanations(), []
+    found, path, thread = Explanations(), [], threading.get_ident()
     names = {id(module): name or "(model)" for name, module in model.named_modules()}
 
     def credit():
@@ -133,10 +134,14 @@ def explain(model: nn.Module, *inputs, timed: bool = True) -> Explanations:
         found.extend(Explanation(path[-1], *call_fields(call)) for call in calls[len(found) :])
 
     def enter(module, _):
+        if threading.get_ident() != thread:  # the hooks see what every thread runs
+            return
         credit()
         path.append(names.get(id(module)) or path[-1])
 
     def leave(*_):
+        if threading.get_ident() != thread:
+            return
         credit()
         path.pop()
 

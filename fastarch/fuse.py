@@ -25,10 +25,11 @@ class Fusions(list[Fusion]):
 
     def __rich__(self):
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("layer", "what", "became", "left, because")
         for layer, what, became, left in self:
-            table.add_row(layer, what, became, f"[red]{left}")
+            table.add_row(*map(Text, (layer, what, became)), Text(left, "red"))  # no markup: an error may have brackets
         return table
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ OPERATIONS = sorted(p.stem for p in (ROOT / "fastarch/ops").glob("*.py") if p.st
 SHARED = {"fastarch.autocast", "fastarch.extension", "fastarch.routing", "fastarch.version"}
 ALLOWED = {
     "fastarch/ref": {"torch"},
-    "kernels": {"torch", "triton", "fastarch.kernels"},
+    "kernels": {"torch", "triton", "fastarch.kernels", "fastarch.version"},
     "fastarch/ops": {"torch", "fastarch", "fastarch.ref", "fastarch.kernels", "fastarch.ops", *SHARED},
     "fastarch/nn": {"torch", "fastarch", "fastarch.autocast", "fastarch.nn", "fastarch.ops"},
     "fastarch/models": {"torch", "fastarch", "fastarch.nn", "fastarch.models"},

@@ -1,9 +1,10 @@
-"""What setup.py does where it cannot compile."""
+"""What setup.py does where it cannot compile, and what it packs."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def checkout(tmp_path) -> Path:
     """A copy of what setup.py reads, without what was compiled: nothing is written into the real one."""
     for folder in ("fastarch", "kernels", "csrc"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tmp_path)
     return tmp_path
 
@@ -59,3 +60,14 @@ for call in fastarch.explain(network, images):
 def test_a_compiler_may_come_with_arguments(checkout):
     assert MISSING not in python("setup.py", "--version", cwd=checkout, CXX="env c++")
     assert MISSING in python("setup.py", "--version", cwd=checkout, CXX="nonexistent c++")
+
+
+def test_the_source_distribution_has_every_source(checkout):
+    python("setup.py", "--quiet", "sdist", cwd=checkout)
+    (archive,) = (checkout / "dist").glob("fastarch-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    sources = [p for folder in ("csrc", "kernels", "fastarch") for p in (checkout / folder).rglob("*") if p.is_file()]
+    wanted = {str(p.relative_to(checkout)) for p in sources if p.suffix not in (".so", ".pyc")}
+    assert not wanted - packed
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= packed

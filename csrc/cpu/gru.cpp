@@ -1,7 +1,6 @@
 // gru on CPUs, the torch side: checks, outputs, threads, registration.
 #include "cpu/gru.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -9,6 +8,7 @@
 #include <array>
 
 #include "cpu/memory.h"
+#include "cpu/parallel.h"
 #include "cpu/tensor.h"
 
 namespace fastarch {
@@ -49,12 +49,11 @@ void check_algorithm(std::string_view algorithm) {
 // Who shares the work: rows of the batch where each worker gets enough to use weights it has loaded; else hidden units,
 // if a step is worth meeting for.
 Team team_for(const Gru& p) {
-  constexpr double WORTH_A_WORKER = 2e6;      // operations: waking a core takes as long as some 1e6
-  constexpr int64_t ROWS = 4, UNITS = 64;     // of a worker
-  constexpr double WORTH_A_MEETING = 40'000;  // multiply-adds of a step, which take as long as one or two
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  constexpr double WORTH_A_WORKER = IF_WORTH_IT * 2e6;      // operations: waking a core takes as long as some 1e6
+  constexpr int64_t ROWS = 4, UNITS = 64;                   // of a worker
+  constexpr double WORTH_A_MEETING = IF_WORTH_IT * 40'000;  // multiply-adds of a step, as long as one or two
   const double step = 3.0 * p.N * p.H * p.H, all = 2.0 * p.T * (step + 3.0 * p.N * p.H * p.C);
-  const auto at_most = [&](double workers) { return std::max<int64_t>(1, std::min<double>(threads, workers)); };
+  const auto at_most = [&](double workers) { return std::max<int64_t>(1, std::min<double>(threads(), workers)); };
   const int64_t by_rows = std::min(at_most(double(p.N) / ROWS), at_most(all / WORTH_A_WORKER));
   const int64_t by_units =
       step < WORTH_A_MEETING ? 1 : std::min(at_most(double(p.H) / UNITS), at_most(all / WORTH_A_WORKER));
@@ -68,7 +67,7 @@ void run(const Kernel& kernel, const Gru& p, const Arguments& arguments) {
   const Team team = team_for(p);
   const Tensor memory = workspace(kernel.memory_bytes(p, team));
   Meeting meeting{};
-  at::parallel_for(0, team.size, 1, [&](int64_t begin, int64_t end) {
+  region(team.size, [&](int64_t begin, int64_t end) {
     kernel.run(p, arguments, Team{begin, end, team.size, team.split, &meeting}, memory.data_ptr());
   });
 }

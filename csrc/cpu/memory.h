@@ -38,6 +38,8 @@ class KeptBlocks {
     size_t bytes;
   };
 
+  static constexpr size_t PAGE = 2 << 20, SMALLEST = 2 * PAGE;  // what a block's last page wastes is at most half
+
   static KeptBlocks& all() {
     static auto* const kept = new KeptBlocks;  // never destroyed: tensors may outlive whatever has an order
     return *kept;
@@ -58,14 +60,28 @@ class KeptBlocks {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock || block.bytes > LARGEST) return std::free(block.memory);
     blocks_.push_back(block);
-    for (total_ += block.bytes; total_ > MOST; blocks_.erase(blocks_.begin())) {
+    total_ += block.bytes;
+    free_down_to(MOST);
+  }
+
+  // For what could not be allocated beside them.
+  void give_up() {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock) free_down_to(0);
+  }
+
+ private:
+  static constexpr size_t LARGEST = 32 << 20, MOST = 4 * LARGEST;
+
+  KeptBlocks() { blocks_.reserve(MOST / SMALLEST + 1); }  // giving back must not need memory: it would terminate
+
+  void free_down_to(size_t bytes) {
+    for (; total_ > bytes; blocks_.erase(blocks_.begin())) {
       total_ -= blocks_.front().bytes;
       std::free(blocks_.front().memory);
     }
   }
 
- private:
-  static constexpr size_t LARGEST = 32 << 20, MOST = 4 * LARGEST;
   std::mutex mutex_;
   std::vector<Block> blocks_;
   size_t total_ = 0;
@@ -76,23 +92,26 @@ class KeptBlocks {
 // ends fault in small ones: of 26 MB 850 times, which took 6.3 ms where computing took 2.3.
 inline at::Tensor fresh(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options) {
 #if defined(__linux__)
-  constexpr size_t PAGE = 2 << 20, LARGE = 2 * PAGE;  // what the last page wastes is at most half
+  constexpr size_t PAGE = KeptBlocks::PAGE;
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
   const size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
-  if (bytes >= LARGE && !poisons_memory() && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator()) {
-    void* memory = KeptBlocks::all().take(whole);
-    if (!memory && posix_memalign(&memory, PAGE, whole) == 0) madvise(memory, whole, MADV_HUGEPAGE);
-    if (memory) {
+  if (bytes >= KeptBlocks::SMALLEST && !poisons_memory() && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator()) {
+    at::Tensor t = at::empty({0}, options);  // whatever can throw comes before the memory that would be lost
+    std::unique_ptr<KeptBlocks::Block> block(new KeptBlocks::Block{KeptBlocks::all().take(whole), whole});
+    if (!block->memory && posix_memalign(&block->memory, PAGE, whole) == 0)
+      madvise(block->memory, whole, MADV_HUGEPAGE);
+    if (block->memory) {
+      void* const memory = block->memory;
       const auto give_back = [](void* context) {
         const std::unique_ptr<KeptBlocks::Block> block(static_cast<KeptBlocks::Block*>(context));
         KeptBlocks::all().give_back(*block);
       };
-      at::Tensor t = at::empty({0}, options);
-      t.storage().set_data_ptr_noswap({memory, new KeptBlocks::Block{memory, whole}, give_back, at::kCPU});
+      t.storage().set_data_ptr_noswap({memory, block.release(), give_back, at::kCPU});
       t.storage().set_nbytes(bytes);
       t.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
       return t;
     }
+    KeptBlocks::all().give_up();
   }
 #endif
   return at::empty_strided(sizes, strides, options);

@@ -224,7 +224,7 @@ def route(q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, dropout_
         return Route(REFERENCE, "dropout_p = 1 drops everything")
     if device == "cpu":
         if extension.cpu is None:
-            return Route(REFERENCE, "fastarch._C is not built")
+            return Route(REFERENCE, extension.no_cpu)
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return Route(REFERENCE, f"no CPU kernel for {dtype}")
         return Route("flash", "tiles of queries by tiles of keys, from the cache")

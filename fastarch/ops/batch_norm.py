@@ -279,7 +279,7 @@ def route(input: Tensor, training: bool, process_group) -> Route:
         return Route(REFERENCE, "nothing to normalise")
     if device == "cpu":
         if extension.cpu is None:
-            return Route(REFERENCE, "fastarch._C is not built")
+            return Route(REFERENCE, extension.no_cpu)
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return Route(REFERENCE, f"no CPU kernel for {dtype}")
         return Route("two_pass", "statistics, then the rest, from the cache where a channel fits into it")

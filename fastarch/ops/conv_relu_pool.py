@@ -257,7 +257,7 @@ def route(device: str, dtype: torch.dtype, outputs: int, weight: tuple[int, ...]
 def route_cpu(dtype: torch.dtype, outputs: int, weight: tuple[int, ...], geometry: Geometry) -> Route:
     """Times in ms: one core of an AVX-512 EPYC (Zen 5), float32, channels_last, 2026-11-20."""
     if extension.cpu is None:
-        return Route(REFERENCE, "fastarch._C is not built")
+        return Route(REFERENCE, extension.no_cpu)
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return Route(REFERENCE, f"no CPU kernel for {dtype}")
     (K, C, R, S), (stride_h, stride_w) = weight, geometry.stride

@@ -184,7 +184,7 @@ def route(input: Tensor, h0: Tensor, reset_after: bool) -> Route:
         return Route(REFERENCE, "nothing to compute")
     if device == "cpu":
         if extension.cpu is None:
-            return Route(REFERENCE, "fastarch._C is not built")
+            return Route(REFERENCE, extension.no_cpu)
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return Route(REFERENCE, f"no CPU kernel for {dtype}")
         return Route("sequence", "all steps in one parallel region, the weights packed once")
