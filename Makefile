@@ -6,9 +6,13 @@
 #   make bench-check  a short set against what this machine recorded, in two minutes: is anything slower?
 #   make lint        formats and static checks
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make races       the C++ kernels under ThreadSanitizer
+#   make emulate     on processors without AVX-512, AVX2 and AVX, and on aarch64, by Debian's qemu-user
+#   make nightly     what takes too long for CI: races, emulate, fuzz tests with 2000 examples each
 #   make cuda-build  compile and link the CUDA extension, without a GPU
 #   make gpu         with the system's python3: build in place, tests and benchmarks on its GPU, 9 minutes a time
 #   make docs        the pages of docs/, in site/
+#   make wheel       source distribution and wheel in dist/, the wheel for Linux also as a manylinux one
 #   make clean
 
 PYTHON ?= python3
@@ -24,7 +28,7 @@ PEERS := onnx onnxruntime onnxscript openvino
 # `kernels/` and `fastarch/` must be found where they are installed, never because of the current directory
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test bench bench-check lint sanitize cuda-build gpu docs clean
+.PHONY: demo test bench bench-check lint sanitize races emulate nightly cuda-build gpu docs wheel clean
 
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -68,6 +72,22 @@ sanitize: $(READY)
 	  $(BIN)/pytest $(CPU_TESTS) -k "fuzz or exact or nonsense" $(ARGS) || exit 1; \
 	done
 
+# Workers are threads that ThreadSanitizer sees, torch's own operations have one (csrc/cpu/parallel.h). It wants memory
+# where it expects it: setarch --addr-no-randomize.
+THREADED := build/races
+races: $(READY)
+	FASTARCH_SANITIZE=thread FASTARCH_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(THREADED) --build-lib $(THREADED)/lib
+	FASTARCH_FUZZ_EXAMPLES=100 PYTHONPATH=$(THREADED)/lib OMP_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 exitcode=66" \
+	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libtsan.so)" \
+	setarch --addr-no-randomize $(BIN)/pytest $(CPU_TESTS) -k "fuzz or exact or threads" $(ARGS)
+
+emulate: $(READY)
+	$(BIN)/python .ci/check_emulated.py
+	$(BIN)/python .ci/check_aarch64.py
+
+nightly: races emulate
+	FASTARCH_FUZZ_EXAMPLES=2000 $(SIDE_BY_SIDE) $(wildcard tests/test_*_fuzz.py) $(ARGS)
+
 CUDA := .venv-cuda
 BUILT := build/cuda
 cuda-build:
@@ -81,6 +101,13 @@ gpu:
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# The libraries of torch come with torch. Repaired where auditwheel can be: on Linux.
+wheel: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --sdist --wheel
+	[ "$$(uname)" != Linux ] || $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	  --wheel-dir dist/manylinux dist/*.whl
 
 clean:
 	rm -rf .venv $(CUDA) build dist out site *.egg-info fastarch/*.so .pytest_cache .ruff_cache .hypothesis
