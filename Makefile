@@ -106,8 +106,8 @@ docs: $(READY)
 wheel: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --sdist --wheel
-	[ "$$(uname)" != Linux ] || $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
-	  --wheel-dir dist/manylinux dist/*.whl
+	[ "$$(uname)" != Linux ] || PATH=$(BIN):$$PATH $(BIN)/python -m auditwheel repair \
+	  --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist/manylinux dist/*.whl
 
 clean:
 	rm -rf .venv $(CUDA) build dist out site *.egg-info fastarch/*.so .pytest_cache .ruff_cache .hypothesis
