@@ -107,7 +107,7 @@ docs: $(READY)
 wheel: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --sdist --wheel
-	[ "$$(uname)" != Linux ] || $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	[ "$$(uname)" != Linux ] || PATH=$(BIN):$$PATH $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
 	  --wheel-dir dist/manylinux dist/*.whl
 
 clean:
