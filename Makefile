@@ -8,7 +8,7 @@
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make races       the C++ kernels under ThreadSanitizer
 #   make emulate     on processors without AVX-512, AVX2 and AVX, and on aarch64, by Debian's qemu-user
-#   make nightly     what takes too long for CI: races, emulate, fuzz tests with 2000 examples each
+#   make nightly     what takes too long for CI: races, emulate, Triton's kernels for every GPU, 2000 examples a fuzz test
 #   make cuda-build  compile and link the CUDA extension, without a GPU
 #   make gpu         with the system's python3: build in place, tests and benchmarks on its GPU, 9 minutes a time
 #   make docs        the pages of docs/, in site/
@@ -86,6 +86,7 @@ emulate: $(READY)
 	$(BIN)/python .ci/check_aarch64.py
 
 nightly: races emulate
+	FASTARCH_EVERY_GPU=1 $(BIN)/pytest tests/test_triton_ahead_of_time.py $(ARGS)
 	FASTARCH_FUZZ_EXAMPLES=2000 $(SIDE_BY_SIDE) $(wildcard tests/test_*_fuzz.py) $(ARGS)
 
 CUDA := .venv-cuda
