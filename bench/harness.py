@@ -172,7 +172,7 @@ def step(call: peers.Call) -> Run:
 
     def run():
         y = call.run()
-        return y, *torch.autograd.grad(y, leaves, grad_output)
+        return y, *torch.autograd.grad(y, leaves, grad_output, allow_unused=True, materialize_grads=True)
 
     return run
 
