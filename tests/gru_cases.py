@@ -63,6 +63,16 @@ CASES = [
     ),
 ]
 
+ONE_STEP = [  # weights are used as they stand, along the sum for few sequences, across many; and packed for 140
+    Case(1, 1, 40, 130),
+    Case(1, 5, 300, 37, lengths=True),
+    Case(1, 12, 33, 129, reset_after=False),
+    Case(1, 13, 33, 129, reset_after=False, lengths=True, b_hh=False),
+    Case(1, 70, 300, 150, b_ih=False),
+    Case(1, 128, 7, 200, reset_after=False),
+    Case(1, 140, 30, 90),
+]
+
 PLAIN = Case(5, 3, 4, 6)
 FULL = Case(6, 5, 7, 18, reverse=True, lengths=True)
 BEFORE = FULL._replace(reset_after=False)

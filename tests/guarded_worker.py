@@ -34,7 +34,7 @@ def run_batch_norm() -> None:
 
 
 def run_gru() -> None:
-    for case, dtype in itertools.product(gru.CASES, DTYPES):
+    for case, dtype in itertools.product(gru.CASES + gru.ONE_STEP, DTYPES):
         gru.run(ops.gru, gru.draw(case, dtype), gru.draw_gradients(case, dtype), **case.options)
 
 

@@ -1,36 +1,45 @@
 """Checks that two processes run together. One launch serves all checks of a worker, a file that a test has started."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 RANKS = 2
-is_available = dist.is_available() and dist.is_gloo_available()
+needs_gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
+)
 
 
-def outcomes(worker: ModuleType, folder: Path) -> list[dict]:
-    """Of each rank: the checks that it ran, and the tracebacks of those that failed."""
+@functools.cache
+def outcomes(worker: ModuleType) -> list[dict]:
+    """Of each rank: the checks that it ran, the tracebacks of those that failed, and what the launch said."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [*launch, worker.__file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["timeout", "300", *launch, worker.__file__, folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        files = [Path(folder, f"{rank}.json") for rank in range(RANKS)]
+        found = [json.loads(file.read_text()) if file.exists() else {"ran": [], "failures": {}} for file in files]
+    return [outcome | {"launch": f"status {done.returncode}\n{done.stderr}"} for outcome in found]
 
 
-def assert_passed(outcomes: list[dict], check: str) -> None:
-    for rank, outcome in enumerate(outcomes):
-        assert check in outcome["ran"]
+def assert_passed(worker: ModuleType, check: str) -> None:
+    """On both ranks."""
+    for rank, outcome in enumerate(outcomes(worker)):
+        assert check in outcome["ran"], outcome["launch"]
         assert check not in outcome["failures"], f"rank {rank}:\n{outcome['failures'][check]}"
 
 

@@ -11,6 +11,7 @@ from gru_cases import (
     CASES,
     FULL,
     GRADIENTS,
+    ONE_STEP,
     PLAIN,
     Case,
     arguments_of_bwd,
@@ -38,17 +39,6 @@ if extension.cpu is None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(case, dtype):
     compare(gru, case, dtype)
-
-
-ONE_STEP = [  # weights are used as they stand, along the sum for few sequences, across many; and packed for 140
-    Case(1, 1, 40, 130),
-    Case(1, 5, 300, 37, lengths=True),
-    Case(1, 12, 33, 129, reset_after=False),
-    Case(1, 13, 33, 129, reset_after=False, lengths=True, b_hh=False),
-    Case(1, 70, 300, 150, b_ih=False),
-    Case(1, 128, 7, 200, reset_after=False),
-    Case(1, 140, 30, 90),
-]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

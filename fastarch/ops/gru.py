@@ -187,7 +187,10 @@ def route(input: Tensor, h0: Tensor, reset_after: bool) -> Route:
             return Route(REFERENCE, extension.no_cpu)
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return Route(REFERENCE, f"no CPU kernel for {dtype}")
-        return Route("sequence", "all steps in one parallel region, the weights packed once")
+        return Route(
+            "sequence",
+            "all steps in one parallel region; weights packed once, for one step of few sequences not at all",
+        )
     if device == "cuda":
         return route_cuda(input, h0, reset_after)
     return Route(REFERENCE, f"no kernel for {device}")
