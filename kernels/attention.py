@@ -11,6 +11,7 @@ import triton
 from fastarch.kernels.attention_bwd import attention_bwd_delta_kernel, attention_bwd_kv_kernel, attention_bwd_q_kernel
 from fastarch.kernels.attention_fwd import attention_fwd_kernel
 from fastarch.kernels.attention_split import attention_merge_kernel, attention_split_kernel
+from fastarch.kernels.tiles import tuned
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -30,42 +31,46 @@ class Tile(NamedTuple):
 # float32 by three products spills everywhere; on sm_80 options in the backward and heads of 256 do: tests/
 # test_triton_ahead_of_time.py. Speed: not measured; no GPU was at hand when they were chosen (2026-11-26).
 TILES = {
-    ("fwd", "half", 64): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
-    ("fwd", "half", 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
-    ("fwd", "half", 256): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-    ("bwd_q", "half", 64): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
-    ("bwd_q", "half", 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-    ("bwd_q", "half", 256): (Tile(128, 64, 8, 1), Tile(128, 32, 8, 2)),
-    ("bwd_kv", "half", 64): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
-    ("bwd_kv", "half", 128): (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)),
-    ("bwd_kv", "half", 256): (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)),
-    ("split", "half", 64): (Tile(16, 128, 4, 3), Tile(16, 128, 4, 3)),
-    ("split", "half", 128): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3)),
-    ("split", "half", 256): (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2)),
-    ("fwd", "half, sm_80", 64): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
-    ("fwd", "half, sm_80", 128): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
-    ("fwd", "half, sm_80", 256): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("bwd_q", "half, sm_80", 64): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
-    ("bwd_q", "half, sm_80", 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
-    ("bwd_q", "half, sm_80", 256): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
-    ("bwd_kv", "half, sm_80", 64): (Tile(64, 128, 8, 2), Tile(32, 64, 4, 2)),
-    ("bwd_kv", "half, sm_80", 128): (Tile(16, 128, 8, 2), Tile(16, 64, 4, 2)),
-    ("bwd_kv", "half, sm_80", 256): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
-    ("split", "half, sm_80", 64): (Tile(16, 128, 4, 3), Tile(16, 128, 4, 3)),
-    ("split", "half, sm_80", 128): (Tile(16, 128, 4, 2), Tile(16, 128, 4, 2)),
-    ("split", "half, sm_80", 256): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
-    ("fwd", "float32", 64): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("fwd", "float32", 128): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("fwd", "float32", 256): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
-    ("bwd_q", "float32", 64): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("bwd_q", "float32", 128): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("bwd_q", "float32", 256): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
-    ("bwd_kv", "float32", 64): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
-    ("bwd_kv", "float32", 128): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
-    ("bwd_kv", "float32", 256): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
-    ("split", "float32", 64): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
-    ("split", "float32", 128): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
-    ("split", "float32", 256): (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    (*key, supply): tile
+    for key, pair in {
+        ("fwd", "half", 64): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
+        ("fwd", "half", 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+        ("fwd", "half", 256): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        ("bwd_q", "half", 64): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        ("bwd_q", "half", 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        ("bwd_q", "half", 256): (Tile(128, 64, 8, 1), Tile(128, 32, 8, 2)),
+        ("bwd_kv", "half", 64): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
+        ("bwd_kv", "half", 128): (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)),
+        ("bwd_kv", "half", 256): (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)),
+        ("split", "half", 64): (Tile(16, 128, 4, 3), Tile(16, 128, 4, 3)),
+        ("split", "half", 128): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3)),
+        ("split", "half", 256): (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2)),
+        ("fwd", "half, sm_80", 64): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
+        ("fwd", "half, sm_80", 128): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        ("fwd", "half, sm_80", 256): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+        ("bwd_q", "half, sm_80", 64): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        ("bwd_q", "half, sm_80", 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
+        ("bwd_q", "half, sm_80", 256): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+        ("bwd_kv", "half, sm_80", 64): (Tile(64, 128, 8, 2), Tile(32, 64, 4, 2)),
+        ("bwd_kv", "half, sm_80", 128): (Tile(16, 128, 8, 2), Tile(16, 64, 4, 2)),
+        ("bwd_kv", "half, sm_80", 256): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
+        ("split", "half, sm_80", 64): (Tile(16, 128, 4, 3), Tile(16, 128, 4, 3)),
+        ("split", "half, sm_80", 128): (Tile(16, 128, 4, 2), Tile(16, 128, 4, 2)),
+        ("split", "half, sm_80", 256): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
+        ("fwd", "float32", 64): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+        ("fwd", "float32", 128): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+        ("fwd", "float32", 256): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+        ("bwd_q", "float32", 64): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+        ("bwd_q", "float32", 128): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+        ("bwd_q", "float32", 256): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+        ("bwd_kv", "float32", 64): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
+        ("bwd_kv", "float32", 128): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
+        ("bwd_kv", "float32", 256): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
+        ("split", "float32", 64): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
+        ("split", "float32", 128): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        ("split", "float32", 256): (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    }.items()
+    for supply, tile in zip(("plain", "options"), pair)
 }
 DELTA, MERGE = Tile(16, 0, 4, 1), Tile(4, 0, 1, 1)
 LARGEST_HEAD = 256
@@ -304,7 +309,8 @@ def launch_of(kernel: str, p: Problem, *read: Tensor) -> tuple[Tile, dict]:
     described = gpu >= 90 and can_be_described(p, *read)
     plain = (described or gpu < 90) and p.softcap == 0 and all(t is None for t in (p.mask, p.alibi_slopes, p.seed))
     kind = "float32" if p.q.dtype == torch.float32 else "half" if gpu >= 90 else "half, sm_80"
-    tile = TILES[kernel, kind, max(64, block_of(max(D, DV)))][0 if plain else 1]
+    key = kernel, kind, max(64, block_of(max(D, DV))), "plain" if plain else "options"
+    tile = tuned("attention", key, p.q) or TILES[key]
     constants = dict(DESCRIPTOR=described) if read else {}
     return tile, constants | dict(
         D=D, DV=DV, LOWER_RIGHT=p.lower_right, SOFTCAP=p.softcap > 0, PRECISION=precision(), HOIST=plain and gpu < 90,

@@ -10,6 +10,7 @@ from fastarch.kernels.batch_norm_bwd import (
     batch_norm_bwd_sums_kernel,
 )
 from fastarch.kernels.batch_norm_fwd import batch_norm_fwd_kernel, batch_norm_merge_kernel, batch_norm_stats_kernel
+from fastarch.kernels.tiles import tuned
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
@@ -32,7 +33,7 @@ TILES = {
     ("values", "vectors"): Tile(512, 2048, 4, 3, 128),
     ("values", "odd"): Tile(512, 1024, 4, 2, 128),
 }
-PROGRAMS = 4 * 132  # a few for each SM of an H100, but constant, for the same bits on every GPU
+PROGRAMS = 4 * 132  # a few for each SM of an H100, but constant: the same tiles, the same bits
 MERGE = dict(BLOCK_C=2, BLOCK_SPLITS=next_power_of_2(PROGRAMS), num_warps=4, enable_fp_fusion=True)
 
 
@@ -73,10 +74,11 @@ def layout_of(input: Tensor) -> Layout:
     return Layout(1, n, c, s)
 
 
-def plan(layout: Layout) -> Plan:
+def plan(layout: Layout, x: Tensor) -> Plan:
     """The tile follows from C and S of [N, C, S] or from C alone, the splits from the number of tiles."""
     axis, n, c, s = layout
-    tile = TILES["channels" if axis == 0 else "values", "odd" if layout.row % 4 else "vectors"]
+    key = "channels" if axis == 0 else "values", "odd" if layout.row % 4 else "vectors"
+    tile = tuned("batch_norm", key, x) or TILES[key]
     if axis == 0:
         block_c = min(max(next_power_of_2(c), 8), tile.row)  # at least a byte of the mask
         block_s = tile.elements // block_c
@@ -122,7 +124,7 @@ def batch_norm_fwd(
         else:
             batch = mean.new_empty(0), var.new_empty(0)
         if input.numel():
-            grid, _, sizes, options = plan(layout)
+            grid, _, sizes, options = plan(layout, x)
             batch_norm_fwd_kernel[grid](
                 x, r, *map(in_memory, (weight, bias, mean, var)), output, mask if save_mask else None,
                 *sizes, eps,
@@ -165,7 +167,7 @@ def batch_norm_bwd(
                 means, share = sums, layout.c / input.numel()
             else:
                 means, share = (in_memory(mean_dz), in_memory(mean_dz_xhat)), 1.0
-            grid, _, sizes, options = plan(layout)
+            grid, _, sizes, options = plan(layout, x)
             batch_norm_bwd_kernel[grid](
                 *saved, *means, grad_input if want_input else None, grad_residual if want_residual else None,
                 *sizes, eps, share,
@@ -181,7 +183,7 @@ def statistics_of(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     make = torch.empty if x.numel() else torch.zeros
     mean, var = (make(layout.c, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
-        grid, splits, sizes, options = plan(layout)
+        grid, splits, sizes, options = plan(layout, x)
         partial = mean.new_empty(4, layout.c, splits)
         batch_norm_stats_kernel[grid](x, partial, *sizes, **options)
         batch_norm_merge_kernel[merge_grid(layout)](partial, mean, var, layout.c, splits, **MERGE)
@@ -194,7 +196,7 @@ def sums_of(saved: tuple, eps: float, relu: bool, layout: Layout) -> tuple[Tenso
     make = torch.empty if x.numel() else torch.zeros
     sum_dz, sum_dz_xhat = (make(layout.c, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
-        grid, splits, sizes, options = plan(layout)
+        grid, splits, sizes, options = plan(layout, x)
         partial = sum_dz.new_empty(2, layout.c, splits)
         batch_norm_bwd_sums_kernel[grid](*saved, partial, *sizes, eps, RELU=relu, **options)
         batch_norm_bwd_merge_kernel[merge_grid(layout)](partial, sum_dz, sum_dz_xhat, layout.c, splits, **MERGE)

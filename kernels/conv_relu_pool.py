@@ -15,6 +15,7 @@ from fastarch.kernels.conv_relu_pool_bwd import (
     relu_pool_bwd_kernel,
 )
 from fastarch.kernels.conv_relu_pool_fwd import conv_relu_pool_fwd_kernel, relu_pool_fwd_kernel
+from fastarch.kernels.tiles import tuned
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
@@ -63,7 +64,7 @@ TILES = {
     ("pool", "none", "wide"): Tile(64, 32, 0, 4, 1, 255),
 }
 LANES = 4  # window elements side by side in a forward tile, at most; a power of two
-PROGRAMS = 4 * 132  # that share a long sum: a few for each SM of an H100, but constant, for the same bits on every GPU
+PROGRAMS = 4 * 132  # that share a long sum: a few for each SM of an H100, but constant: the same tiles, the same bits
 
 
 class Sizes(NamedTuple):
@@ -196,7 +197,7 @@ def implicit_gemm_bwd(grad_output, input, weight, index, geometry, sizes, want_i
 
 def bwd_bias(grad_output, weight, index, geometry, sizes):
     k = weight.shape[0]
-    tile = choose_pool(k)
+    tile = choose_pool(k, weight)
     programs = cdiv(k, tile.m)
     steps, splits, split = split_sum(sizes.n * sizes.ph * sizes.pw, tile.n, programs)
     partial = torch.empty((splits, k), dtype=torch.float32, device=weight.device)
@@ -213,7 +214,7 @@ def library_fwd(input, weight, bias, output, index, geometry, sizes):
     with deterministic_cudnn():
         v = torch.ops.aten.convolution(input, weight, None, *conv_arguments(geometry))
     k = weight.shape[0]
-    tile = choose_pool(k)
+    tile = choose_pool(k, weight)
     relu_pool_fwd_kernel[(cdiv(k, tile.m) * cdiv(sizes.n * sizes.ph * sizes.pw, tile.n),)](
         v, bias, output, index,
         sizes.n, k, sizes.oh, sizes.ow, sizes.ph, sizes.pw,
@@ -227,7 +228,7 @@ def library_bwd(grad_output, input, weight, index, geometry, sizes, want_input, 
     # cuDNN computes in channels_last if either of its operands has it
     layout = memory_format(weight) if memory_format(input) is torch.contiguous_format else memory_format(input)
     dv = torch.empty((sizes.n, k, sizes.oh, sizes.ow), dtype=input.dtype, device=input.device, memory_format=layout)
-    tile = choose_pool(k)
+    tile = choose_pool(k, weight)
     relu_pool_bwd_kernel[(cdiv(k, tile.m) * cdiv(sizes.n * sizes.oh * sizes.ow, tile.n),)](
         grad_output, index, dv,
         sizes.n, k, sizes.oh, sizes.ow, sizes.ph, sizes.pw,
@@ -252,11 +253,13 @@ def pick(algorithm: str, implicit_gemm, library):
 
 def choose(kernel: str, input: Tensor, channels: int, vectors: bool) -> Tile:
     kind = precision(input) if input.dtype == torch.float32 else "half"
-    return TILES[kernel, kind, "odd" if not vectors else "narrow" if channels <= 64 else "wide"]
+    key = kernel, kind, "odd" if not vectors else "narrow" if channels <= 64 else "wide"
+    return tuned("conv_relu_pool", key, input) or TILES[key]
 
 
-def choose_pool(channels: int) -> Tile:
-    return TILES["pool", "none", "narrow" if channels <= 16 else "wide"]
+def choose_pool(channels: int, weight: Tensor) -> Tile:
+    key = "pool", "none", "narrow" if channels <= 16 else "wide"
+    return tuned("conv_relu_pool", key, weight) or TILES[key]
 
 
 def options(tile: Tile) -> dict:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from fastarch.kernels.gru_bwd import gru_bwd_kernel, gru_bwd_reset_kernel
 from fastarch.kernels.gru_fwd import gru_fwd_candidate_kernel, gru_fwd_kernel, gru_fwd_reset_kernel
+from fastarch.kernels.tiles import tuned
 from torch import Tensor
 from triton import cdiv
 
@@ -206,7 +207,7 @@ def launch_of(kernel: str, multiplies: bool, input: Tensor, rows: tuple[int, ...
     if multiplies:
         kind = precision() if input.dtype == torch.float32 else "half"
         key = kernel, kind, "odd" if any(row % 16 for row in rows) else "vectors"
-    tile = TILES[key]
+    tile = tuned("gru", key, input) or TILES[key]
     return (cdiv(H, tile.h) * cdiv(N, tile.n),), dict(
         PRODUCT=multiplies, PRECISION=precision(), BLOCK_H=tile.h, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=True,

@@ -45,7 +45,7 @@ def on_triton(monkeypatch):
 def small_tiles(monkeypatch):
     """Blocks so small that small shapes have three, of which the last is not full."""
     small = kernels.Tile(32, 64, 4, 2)
-    monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (small, small)))
+    monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, small))
 
 
 def small(case: Case) -> Case:
@@ -90,8 +90,7 @@ def compare(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_every_tile_of_the_table(width, supply, monkeypatch):
     """The tiles as they are, and no others at hand: a wrong choice is an error."""
-    pairs = {key: pair for key, pair in kernels.TILES.items() if key[1:] == ("half", width)}
-    these = {key: (pair[0], None) if supply == "plain" else (None, pair[1]) for key, pair in pairs.items()}
+    these = {key: tile for key, tile in kernels.TILES.items() if key[1:] == ("half", width, supply)}
     monkeypatch.setattr(kernels, "TILES", these)
     case = Case(1, 2, 70, 150, width, causal=True) if supply == "plain" else FULL._replace(B=1, D=width, Dv=width)
     compare(case, torch.bfloat16)
@@ -108,7 +107,7 @@ def test_without_descriptors(case, monkeypatch):
 @pytest.mark.usefixtures("small_tiles")
 def test_dropout_of_blocks_of_32_keys(monkeypatch):
     tile = kernels.Tile(32, 32, 4, 2)
-    monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (tile, tile)))
+    monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, tile))
     compare(FULL._replace(B=1), torch.float32)
 
 

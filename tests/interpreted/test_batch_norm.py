@@ -370,7 +370,7 @@ def test_the_tile_does_not_depend_on_the_batch(values, channels, tiles_as_they_a
         [norm.Layout(1, n, channels, values) for n in (1, 7, 4096)],
         [norm.Layout(0, 1, channels, n * values) for n in (1, 7, 4096)],
     ):
-        plans = [norm.plan(layout) for layout in layouts]
+        plans = [norm.plan(layout, torch.empty(0)) for layout in layouts]
         assert all(plan.options == plans[0].options for plan in plans)
         for (grid,), splits, (*_, steps), options in plans:
             assert 1 <= splits <= steps and splits <= norm.PROGRAMS <= norm.MERGE["BLOCK_SPLITS"]
