@@ -95,7 +95,10 @@ def machine(device: torch.device) -> dict[str, str | int | list[str]]:
             "--format=csv,noheader",
         ]
         state = subprocess.run(clocks, capture_output=True, text=True).stdout.strip()
-        return {"device": torch.cuda.get_device_name(device), "clocks and driver": state, **versions}
+        from fastarch.kernels import tiles  # here: it imports Triton
+
+        gpu = torch.cuda.get_device_name(device)
+        return {"device": gpu, "clocks and driver": state, "tiles": tiles.described(gpu), **versions}
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     names = re.findall(r"model name\s*: (.*)", text)

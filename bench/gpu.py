@@ -2,8 +2,9 @@
 
 python bench/gpu.py [--minutes 9] [--folder out/gpu]
 
-The folder gets a log of each stage, the records of the benchmarks, a page of plots, and `stages.json`: what has been
-done, on which commit. Nothing is downloaded. Status 1 if a stage failed, 3 if all is well so far but stages are left.
+The folder gets a log of each stage, the tables of measured tiles, the records of the benchmarks, a page of plots, and
+`stages.json`: what has been done, on which commit. Nothing is downloaded. Status 1 if a stage failed, 3 if all is well
+so far but stages are left.
 """
 
 import json
@@ -25,6 +26,8 @@ PYTHON = [sys.executable]
 PYTEST = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
 OPERATIONS = ("attention", "gru", "batch_norm", "conv_relu_pool")
 WITH_CUDA_SOURCES = ("gru", "batch_norm", "conv_relu_pool")
+TUNING = 100  # seconds: what they leave unmeasured, the next run goes on with
+LEFT = 75  # the status of a stage that ended by itself with more to do: EX_TEMPFAIL, which nobody else here ends with
 console = Console()
 
 
@@ -34,7 +37,7 @@ class Stage(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    status: int | None  # None: it was still running when the time was up
+    status: int | None  # None: its time was up
     seconds: float
 
 
@@ -43,6 +46,7 @@ def stages(folder: Path) -> list[Stage]:
     bench = [*PYTHON, "-m", "fastarch.cli", "bench", "--device=cuda", "--record"]
     found = [Stage("build", install)]
     found += [Stage(f"tests of {o}", [*PYTEST, f"tests/test_{o}_gpu.py"]) for o in OPERATIONS]
+    found.append(Stage("tune", [*PYTHON, "-m", "fastarch.cli", "tune", f"--budget={TUNING}"]))  # the benchmarks use it
     found += [Stage(f"bench of {o}", [*bench, "--budget=3", f"--json={folder / o}.json", o]) for o in OPERATIONS]
     found.append(Stage("tests of memory", [*PYTEST, "tests/test_memory_gpu.py"]))
     if sanitizer := shutil.which("compute-sanitizer"):
@@ -61,6 +65,7 @@ def run(stage: Stage, folder: Path, seconds: float) -> Outcome:
         process = subprocess.Popen(stage.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **where)
         try:
             status = process.wait(seconds)
+            status = None if status == LEFT else status
         except subprocess.TimeoutExpired:
             status = None
             os.killpg(process.pid, signal.SIGKILL)
@@ -93,6 +98,7 @@ def main(
     folder = folder.resolve()
     found, made = stages(folder), records.provenance([], {})
     done = go_on(found, folder, 60 * minutes, f"{made['commit']}{' changed' * bool(made['dirty'])}")
+    shutil.copytree(records.ROOT / "kernels/tuned", folder / "tuned", dirs_exist_ok=True)
     if recorded := [file for file in sorted(folder.glob("*.json")) if file.name != "stages.json"]:
         subprocess.run([*PYTHON, records.ROOT / "bench/report.py", folder / "report", *recorded], check=True)
     view = Table("stage", "outcome", "seconds")

@@ -1,4 +1,4 @@
-"""The command line: fastarch info | demo | bench | explain."""
+"""The command line: fastarch info | demo | bench | tune | explain."""
 
 import importlib.metadata
 import importlib.util
@@ -36,6 +36,7 @@ def info() -> None:
         "compiled with": f"{extension.cpu.compiler}, {extension.cpu.flags}" if built else "",
         "CUDA kernels": f"built for {extension.cuda.architectures}" if extension.cuda else "not built",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "Triton's tiles": tiles_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else "",
     }
     table = Table(show_header=False)
     for name, value in rows.items():
@@ -56,6 +57,12 @@ def triton_version() -> str | None:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def tiles_of(gpu: str) -> str:
+    from fastarch.kernels import tiles  # here: it imports Triton
+
+    return tiles.described(gpu)
 
 
 def operation_of(function: str) -> str:
@@ -218,6 +225,37 @@ def bench(
     if report and json.exists():
         python(folder / "report.py", report, json)
     raise typer.Exit(status)
+
+
+@main.command()
+def tune(
+    operations: Annotated[list[str] | None, typer.Argument(help="e.g. gru attention; all by default")] = None,
+    device: Annotated[str, typer.Option(help="a CUDA device, such as cuda:1")] = "cuda",
+    budget: Annotated[float, typer.Option(min=0, help="seconds; what is measured by then stays")] = 600,
+    output: Annotated[
+        Path | None, typer.Option(help="the folder of the table: FASTARCH_TUNED, else fastarch's own")
+    ] = None,
+) -> None:
+    """Measure on this GPU which tiles Triton's kernels are fastest with. Launches take those from then on.
+
+    Run again, it goes on where it ended. Status 75 if there is more to measure, 1 if something could not be.
+    """
+    from fastarch.kernels import tiles
+
+    if unknown := set(operations or []) - set(tiles.OPERATIONS):
+        want = f"want some of {', '.join(tiles.OPERATIONS)}, got {', '.join(map(repr, sorted(unknown)))}"
+        raise typer.BadParameter(want, param_hint="operations")
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device not in ("cuda", *there) or not there:
+        raise typer.BadParameter(
+            f"want a CUDA device, of which there are {len(there)}, got {device!r}", param_hint="--device"
+        )
+    script = Path(fastarch.__file__).parents[1] / "bench" / "tune.py"
+    if not script.exists():
+        console.print("fastarch tune: needs a checkout of the source, with its workloads")
+        raise typer.Exit(2)
+    options = [f"--device={device}", f"--budget={budget}", *([f"--output={output}"] if output else [])]
+    raise typer.Exit(python(script, *options, *(operations or [])))
 
 
 def python(*arguments: str | Path) -> int:

@@ -11,7 +11,7 @@ import triton
 from fastarch.kernels.attention_bwd import attention_bwd_delta_kernel, attention_bwd_kv_kernel, attention_bwd_q_kernel
 from fastarch.kernels.attention_fwd import attention_fwd_kernel
 from fastarch.kernels.attention_split import attention_merge_kernel, attention_split_kernel
-from fastarch.kernels.tiles import tuned
+from fastarch.kernels.tiles import launcher, tuned
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -71,6 +71,24 @@ TILES = {
         ("split", "float32", 256): (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
     }.items()
     for supply, tile in zip(("plain", "options"), pair)
+}
+# What `fastarch tune` compares them with, for keys that its workloads take. None spills there. Options have only one
+# workload, with dropout, which does not speak for the others; float32 takes the compiler half a minute a tile.
+CANDIDATES = {
+    ("fwd", "half", 64, "plain"): (Tile(128, 64, 8, 3), Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),
+    ("fwd", "half", 128, "plain"): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 3)),
+    ("bwd_q", "half", 64, "plain"): (Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3)),
+    ("bwd_q", "half", 128, "plain"): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 4, 2)),
+    ("bwd_kv", "half", 64, "plain"): (Tile(64, 128, 8, 3), Tile(32, 128, 8, 3), Tile(64, 64, 4, 2)),
+    ("bwd_kv", "half", 128, "plain"): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 3), Tile(32, 64, 4, 2)),
+    ("split", "half", 128, "plain"): (Tile(16, 64, 4, 4), Tile(16, 128, 8, 2)),
+    ("fwd", "half, sm_80", 64, "plain"): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    ("fwd", "half, sm_80", 128, "plain"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2)),
+    ("bwd_q", "half, sm_80", 64, "plain"): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+    ("bwd_q", "half, sm_80", 128, "plain"): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 2)),
+    ("bwd_kv", "half, sm_80", 64, "plain"): (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)),
+    ("bwd_kv", "half, sm_80", 128, "plain"): (Tile(16, 128, 8, 3), Tile(16, 64, 4, 2)),
+    ("split", "half, sm_80", 128, "plain"): (Tile(16, 64, 4, 3), Tile(16, 128, 8, 2)),
 }
 DELTA, MERGE = Tile(16, 0, 4, 1), Tile(4, 0, 1, 1)
 LARGEST_HEAD = 256
@@ -134,6 +152,7 @@ class Problem(NamedTuple):
         return min(round(self.dropout_p * 2**32), 2**32 - 1), 1 / (1 - self.dropout_p)
 
 
+@launcher("attention")
 def attention_fwd(*args) -> None:
     """Launch: a Problem and an algorithm are given, output and lse are filled."""
     *given, algorithm, output, lse = args
@@ -176,6 +195,7 @@ def split_fwd(p: Problem, output: Tensor, lse: Tensor) -> None:
     )  # fmt: skip
 
 
+@launcher("attention")
 def attention_bwd(grad_output: Tensor, grad_lse: Tensor | None, *args) -> None:
     """Launch: a Problem's tensors, output, lse and its options are given; gradients that are not None are filled."""
     *given, grad_q, grad_k, grad_v, grad_mask = args

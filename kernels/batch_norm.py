@@ -10,7 +10,7 @@ from fastarch.kernels.batch_norm_bwd import (
     batch_norm_bwd_sums_kernel,
 )
 from fastarch.kernels.batch_norm_fwd import batch_norm_fwd_kernel, batch_norm_merge_kernel, batch_norm_stats_kernel
-from fastarch.kernels.tiles import tuned
+from fastarch.kernels.tiles import launcher, tuned
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
@@ -32,6 +32,12 @@ TILES = {
     ("channels", "odd"): Tile(64, 1024, 4, 2, 128),
     ("values", "vectors"): Tile(512, 2048, 4, 3, 128),
     ("values", "odd"): Tile(512, 1024, 4, 2, 128),
+}
+# What `fastarch tune` compares them with, for keys that its workloads take. None spills there.
+CANDIDATES = {
+    ("channels", "vectors"): (Tile(128, 2048, 4, 3, 128), Tile(64, 2048, 4, 4, 128), Tile(64, 1024, 4, 4, 128)),
+    ("values", "vectors"): (Tile(1024, 2048, 4, 3, 128), Tile(512, 2048, 4, 4, 128), Tile(512, 1024, 4, 4, 128)),
+    ("values", "odd"): (Tile(512, 1024, 4, 3, 128), Tile(512, 512, 4, 3, 128), Tile(512, 1024, 8, 2, 64)),
 }
 PROGRAMS = 4 * 132  # a few for each SM of an H100, but constant: the same tiles, the same bits
 MERGE = dict(BLOCK_C=2, BLOCK_SPLITS=next_power_of_2(PROGRAMS), num_warps=4, enable_fp_fusion=True)
@@ -95,6 +101,7 @@ def plan(layout: Layout, x: Tensor) -> Plan:
     return Plan((blocks * splits,), splits, (n, c, s, steps), options)
 
 
+@launcher("batch_norm")
 def batch_norm_stats(input: Tensor) -> tuple[Tensor, Tensor]:
     """Launch, after the caller's checks: mean and biased var of each channel; of no values they are 0."""
     layout = layout_of(input)
@@ -102,6 +109,7 @@ def batch_norm_stats(input: Tensor) -> tuple[Tensor, Tensor]:
         return statistics_of(in_memory(input, layout), layout)
 
 
+@launcher("batch_norm")
 def batch_norm_fwd(
     input: Tensor,
     residual: Tensor | None,
@@ -133,6 +141,7 @@ def batch_norm_fwd(
     return output, *batch, mask
 
 
+@launcher("batch_norm")
 def batch_norm_bwd(
     grad_output: Tensor,
     input: Tensor,

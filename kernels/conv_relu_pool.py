@@ -15,7 +15,7 @@ from fastarch.kernels.conv_relu_pool_bwd import (
     relu_pool_bwd_kernel,
 )
 from fastarch.kernels.conv_relu_pool_fwd import conv_relu_pool_fwd_kernel, relu_pool_fwd_kernel
-from fastarch.kernels.tiles import tuned
+from fastarch.kernels.tiles import launcher, tuned
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
@@ -63,6 +63,58 @@ TILES = {
     ("pool", "none", "narrow"): Tile(16, 128, 0, 4, 1, 255),  # at most 16 channels
     ("pool", "none", "wide"): Tile(64, 32, 0, 4, 1, 255),
 }
+# What `fastarch tune` compares them with, in 16 bits: float32 goes to the library. None spills on its workloads.
+CANDIDATES = {
+    ("fwd", "half", "narrow"): (
+        Tile(64, 256, 64, 8, 4, 255),
+        Tile(64, 256, 32, 8, 4, 255),
+        Tile(64, 128, 64, 8, 4, 255),
+        Tile(64, 128, 64, 4, 3, 255),
+    ),
+    ("fwd", "half", "wide"): (
+        Tile(128, 256, 64, 8, 3, 255),
+        Tile(128, 128, 64, 8, 4, 255),
+        Tile(128, 128, 32, 8, 4, 255),
+        Tile(128, 64, 64, 4, 4, 255),
+    ),
+    ("fwd", "half", "odd"): (
+        Tile(64, 64, 32, 8, 4, 128),
+        Tile(64, 64, 32, 8, 3, 255),
+        Tile(64, 128, 32, 8, 3, 255),
+    ),
+    ("bwd_input", "half", "narrow"): (
+        Tile(64, 128, 64, 8, 4, 255),
+        Tile(64, 128, 32, 8, 4, 255),
+        Tile(64, 64, 64, 4, 3, 255),
+    ),
+    ("bwd_input", "half", "wide"): (
+        Tile(128, 128, 64, 8, 4, 255),
+        Tile(128, 128, 32, 8, 4, 255),
+        Tile(128, 64, 64, 8, 3, 255),
+    ),
+    ("bwd_input", "half", "odd"): (
+        Tile(64, 64, 32, 8, 4, 128),
+        Tile(64, 64, 32, 8, 3, 255),
+        Tile(64, 128, 32, 8, 3, 255),
+    ),
+    ("bwd_weight", "half", "narrow"): (
+        Tile(64, 128, 32, 8, 4, 255),
+        Tile(64, 64, 64, 8, 3, 255),
+        Tile(64, 64, 64, 4, 3, 255),
+    ),
+    ("bwd_weight", "half", "wide"): (
+        Tile(128, 128, 64, 8, 3, 255),
+        Tile(128, 128, 32, 8, 4, 255),
+        Tile(128, 64, 64, 8, 3, 255),
+    ),
+    ("bwd_weight", "half", "odd"): (
+        Tile(64, 64, 32, 8, 4, 128),
+        Tile(64, 64, 32, 8, 3, 255),
+        Tile(64, 128, 32, 8, 3, 255),
+    ),
+    ("pool", "none", "narrow"): (Tile(16, 64, 0, 4, 1, 255), Tile(16, 128, 0, 8, 1, 255), Tile(16, 256, 0, 8, 1, 255)),
+    ("pool", "none", "wide"): (Tile(64, 16, 0, 4, 1, 255), Tile(64, 64, 0, 8, 1, 255), Tile(128, 16, 0, 4, 1, 255)),
+}
 LANES = 4  # window elements side by side in a forward tile, at most; a power of two
 PROGRAMS = 4 * 132  # that share a long sum: a few for each SM of an H100, but constant: the same tiles, the same bits
 
@@ -105,6 +157,7 @@ def pool_constants(geometry) -> dict:
     return dict(POOL=geometry.pool, **{name: tuple(pair) for name, pair in pairs.items()})
 
 
+@launcher("conv_relu_pool")
 def conv_relu_pool_fwd(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry, algorithm: str, save_index: bool
 ) -> tuple[Tensor, Tensor]:
@@ -121,6 +174,7 @@ def conv_relu_pool_fwd(
     return output, index
 
 
+@launcher("conv_relu_pool")
 def conv_relu_pool_bwd(
     grad_output: Tensor,
     input: Tensor,

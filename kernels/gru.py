@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from fastarch.kernels.gru_bwd import gru_bwd_kernel, gru_bwd_reset_kernel
 from fastarch.kernels.gru_fwd import gru_fwd_candidate_kernel, gru_fwd_kernel, gru_fwd_reset_kernel
-from fastarch.kernels.tiles import tuned
+from fastarch.kernels.tiles import launcher, tuned
 from torch import Tensor
 from triton import cdiv
 
@@ -43,8 +43,45 @@ TILES = {
     ("bwd", "ieee", "odd"): Tile(32, 32, 16, 8, 2, 255),
     ("gates", "any", "any"): Tile(128, 4, 0, 4, 1, 255),
 }
+# What `fastarch tune` compares them with, for keys that its workloads take. None spills there.
+CANDIDATES = {
+    ("fwd", "half", "vectors"): (
+        Tile(64, 16, 64, 4, 3, 255),
+        Tile(64, 32, 64, 4, 4, 255),
+        Tile(64, 32, 128, 4, 2, 255),
+        Tile(64, 64, 64, 8, 3, 255),
+    ),
+    ("fwd", "tf32", "vectors"): (
+        Tile(64, 16, 32, 4, 3, 255),
+        Tile(64, 32, 32, 4, 4, 255),
+        Tile(64, 64, 32, 8, 3, 255),
+    ),
+    ("fwd", "ieee", "vectors"): (
+        Tile(32, 16, 16, 4, 2, 255),
+        Tile(16, 32, 16, 4, 2, 255),
+        Tile(32, 32, 16, 4, 3, 255),
+    ),
+    ("bwd", "half", "vectors"): (
+        Tile(64, 16, 64, 4, 4, 255),
+        Tile(64, 32, 64, 4, 3, 255),
+        Tile(64, 32, 128, 4, 3, 255),
+        Tile(64, 64, 64, 8, 3, 255),
+    ),
+    ("bwd", "tf32", "vectors"): (
+        Tile(64, 16, 32, 4, 4, 255),
+        Tile(64, 32, 32, 4, 3, 255),
+        Tile(64, 64, 32, 8, 3, 255),
+    ),
+    ("bwd", "ieee", "vectors"): (
+        Tile(32, 16, 16, 4, 2, 255),
+        Tile(16, 32, 16, 4, 2, 255),
+        Tile(32, 32, 16, 4, 3, 255),
+    ),
+    ("gates", "any", "any"): (Tile(128, 8, 0, 4, 1, 255), Tile(128, 2, 0, 4, 1, 255), Tile(256, 2, 0, 4, 1, 255)),
+}
 
 
+@launcher("gru")
 def gru_fwd(
     input: Tensor,
     h0: Tensor,
@@ -103,6 +140,7 @@ def gru_fwd(
     return output, h_n, gates
 
 
+@launcher("gru")
 def gru_bwd(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,

@@ -2,7 +2,8 @@
 
 `fastarch tune` writes these tables, tuned/README.md says how they read. FASTARCH_TUNED names another folder of them;
 empty, there are none. A table counts as a whole or not at all, and can only choose among TILES and CANDIDATES of the
-operations' files: whatever is wrong with it, one warning says so and the safe tiles stay.
+operations' files: whatever is wrong with it, one warning says so and the safe tiles stay. They also follow where a
+measured tile turns out not to fit, with another Triton or on a call unlike those that it was measured on.
 """
 
 import functools
@@ -16,7 +17,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import OutOfResources
 
+FOLDER = Path(__file__).with_name("tuned")
 OPERATIONS = ("attention", "batch_norm", "conv_relu_pool", "gru")  # all whose file has TILES and CANDIDATES
 
 
@@ -33,6 +36,32 @@ def tuned(operation: str, key: tuple, t: Tensor):
     return of_device(t.get_device()).tiles.get((operation, key))
 
 
+def launcher(operation: str):
+    """Of a function that launches kernels and, until all are launched, changes nothing that it is given."""
+
+    def decorate(launch):
+        @functools.wraps(launch)
+        def fitting(*args):
+            try:
+                return launch(*args)
+            except OutOfResources as error:
+                t = next(arg for arg in args if isinstance(arg, Tensor))
+                forget(operation, of_device(t.get_device()), error)
+            return launch(*args)  # which raises the same if the safe tile does not fit
+
+        return fitting
+
+    return decorate
+
+
+def forget(operation: str, table: Table, error: OutOfResources) -> None:
+    for key in list(table.tiles):
+        if key[0] == operation:
+            table.tiles.pop(key, None)  # None: another thread was as quick
+    if date := table.dates.pop(operation, None):
+        warnings.warn(f"fastarch: {operation}: the tiles of {date} are not used any more: {error}", stacklevel=4)
+
+
 @functools.cache
 def of_device(index: int) -> Table:
     return NONE if index < 0 else of_gpu(torch.cuda.get_device_name(index))  # below 0: kernels are interpreted
@@ -41,7 +70,7 @@ def of_device(index: int) -> Table:
 @functools.cache
 def of_gpu(gpu: str) -> Table:
     file = file_of(gpu)
-    if file is None or not file.exists():
+    if not (file and file.exists()):
         return NONE
     try:
         return read(file, gpu)
@@ -52,8 +81,12 @@ def of_gpu(gpu: str) -> Table:
 
 def file_of(gpu: str) -> Path | None:
     """Where its table is, or would be."""
-    folder = os.environ.get("FASTARCH_TUNED", str(Path(__file__).with_name("tuned")))
-    return Path(folder) / f"{re.sub(r'[^a-z0-9]+', '_', gpu.lower()).strip('_')}.json" if folder else None
+    folder = os.environ.get("FASTARCH_TUNED", str(FOLDER))
+    return Path(folder) / file_name(gpu) if folder else None
+
+
+def file_name(gpu: str) -> str:
+    return f"{re.sub('[^a-z0-9]+', '_', gpu.lower()).strip('_')}.json"
 
 
 def read(file: Path, gpu: str) -> Table:
@@ -87,9 +120,11 @@ def read(file: Path, gpu: str) -> Table:
 def choices(operation: str) -> dict[str, tuple[tuple, list[tuple]]]:
     """By the name that a key has in tables: the key, and its tiles, the safe one first."""
     module = import_module(f"fastarch.kernels.{operation}")
-    return {
-        " ".join(map(str, key)): (key, [safe, *module.CANDIDATES.get(key, ())]) for key, safe in module.TILES.items()
-    }
+    return {name_of(key): (key, [safe, *module.CANDIDATES.get(key, ())]) for key, safe in module.TILES.items()}
+
+
+def name_of(key: tuple) -> str:
+    return " ".join(map(str, key))
 
 
 def shown(value: object) -> str:
