@@ -24,9 +24,15 @@ APPLIED = ("batch_norm_fwd_kernel", "batch_norm_bwd_kernel")
 
 @pytest.fixture(scope="module")
 def kernels():
-    """What triton_ahead_of_time.py prints: compiling is slow, so it runs on all CPUs, once for all tests."""
-    script = Path(__file__).with_name("triton_ahead_of_time.py")
+    """Compiling is slow, so it is done once for all tests."""
+    return printed_by("triton_ahead_of_time.py")
+
+
+def printed_by(name):
+    """What a script prints, run on all CPUs."""
+    script = Path(__file__).with_name(name)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(str(script.parents[1] / folder) for folder in ("tests", "bench"))
     shards = len(os.sched_getaffinity(0))
 
     def run(shard):
@@ -92,3 +98,12 @@ def test_attention_reads_by_tma(kernels):
         return walks and by_tma != (described and kernel["gpu"] >= 90)
 
     assert not offenders(kernels, without)
+
+
+def test_candidates_of_tune_compile_fit_and_spill_nothing():
+    found = printed_by("candidates_ahead_of_time.py")
+    assert len(found) >= 8
+    assert {kernel["gpu"] for kernel in found} == {80, 90}
+    assert not offenders(found, lambda kernel: "error" in kernel)
+    assert not offenders(found, lambda kernel: kernel["local"] > 0 or kernel["stack"] > 16)
+    assert not offenders(found, lambda kernel: kernel["shared"] > SHARED[kernel["gpu"]])
