@@ -86,7 +86,7 @@ CANDIDATES = {
     ("fwd", "half, sm_80", 128, "plain"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2)),
     ("bwd_q", "half, sm_80", 64, "plain"): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
     ("bwd_q", "half, sm_80", 128, "plain"): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 2)),
-    ("bwd_kv", "half, sm_80", 64, "plain"): (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)),
+    ("bwd_kv", "half, sm_80", 64, "plain"): (Tile(32, 128, 8, 2), Tile(32, 64, 4, 2)),
     ("bwd_kv", "half, sm_80", 128, "plain"): (Tile(16, 128, 8, 3), Tile(16, 64, 4, 2)),
     ("split", "half, sm_80", 128, "plain"): (Tile(16, 64, 4, 3), Tile(16, 128, 8, 2)),
 }

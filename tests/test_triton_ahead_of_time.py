@@ -102,8 +102,7 @@ def test_attention_reads_by_tma(kernels):
 
 def test_candidates_of_tune_compile_fit_and_spill_nothing():
     found = printed_by("candidates_ahead_of_time.py")
-    assert len(found) >= 8
-    assert {kernel["gpu"] for kernel in found} == {80, 90}
+    assert len({kernel["case"] for kernel in found}) >= 5
     assert not offenders(found, lambda kernel: "error" in kernel)
     assert not offenders(found, lambda kernel: kernel["local"] > 0 or kernel["stack"] > 16)
     assert not offenders(found, lambda kernel: kernel["shared"] > SHARED[kernel["gpu"]])
