@@ -10,7 +10,7 @@
 #   make emulate     on processors without AVX-512, AVX2 and AVX, and on aarch64, by Debian's qemu-user
 #   make nightly     what takes too long for CI: races, emulate, Triton's kernels for every GPU, 2000 examples a fuzz test
 #   make cuda-build  compile and link the CUDA extension, without a GPU
-#   make gpu         with the system's python3: build in place, tests and benchmarks on its GPU, 9 minutes a time
+#   make gpu         with the system's python3: build in place; tests, tiles, benchmarks on its GPU, 9 minutes a time
 #   make docs        the pages of docs/, in site/
 #   make wheel       source distribution and wheel in dist/, the wheel for Linux also as a manylinux one
 #   make clean

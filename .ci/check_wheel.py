@@ -1,4 +1,4 @@
-"""Of a wheel: one top-level package, the Triton kernels in it, and wide vectors in no function but the kernels."""
+"""Of a wheel: one top-level package, Triton's kernels and tables in it, wide vectors in no function but the kernels."""
 
 import re
 import subprocess
@@ -12,7 +12,8 @@ names = wheel.namelist()
 top = {name.split("/")[0] for name in names if ".dist-info" not in name}
 assert top == {"fastarch"}, f"top-level names of the wheel: {top}"
 packages = {path.as_posix() for kind in ("__init__.py", "*.json") for path in Path("fastarch").rglob(kind)}
-missing = {"fastarch/kernels/__init__.py", *packages} - {*names}
+tuned = {f"fastarch/{path.as_posix()}" for path in Path("kernels/tuned").iterdir()}
+missing = {"fastarch/kernels/__init__.py", *packages, *tuned} - {*names}
 assert not missing, f"missing: {sorted(missing)}"
 (extension,) = [name for name in names if re.fullmatch(r"fastarch/_C\..*so", name)]
 

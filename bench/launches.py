@@ -15,6 +15,7 @@ from fastarch.ops.conv_relu_pool import Geometry
 
 MODULES = {"attention": attention, "batch_norm": batch_norm, "conv_relu_pool": conv_relu_pool, "gru": gru}
 KINDS = ((torch.bfloat16, "tf32"), (torch.float32, "tf32"), (torch.float32, "ieee"))  # dtype, and its products
+MULTIPLIERS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
 EPS = 1e-5
 Run = Callable[[], tuple[Tensor, ...]]
 
@@ -40,7 +41,7 @@ class Launch(NamedTuple):
 
 
 def multiply_in(precision: str) -> None:
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+    for backend in MULTIPLIERS:
         backend.fp32_precision = precision
 
 

@@ -51,6 +51,24 @@ def test_nothing_follows_a_build_that_failed(tmp_path):
     assert list(done) == ["build"]
 
 
+def test_what_ends_by_itself_with_more_to_do_is_gone_on_with(tmp_path):
+    log = tmp_path / "order"
+    note = f"open({str(log)!r}, 'a').write"
+    found = [stage("more", f"{note}('m'); raise SystemExit({gpu.LEFT})"), stage("next", f"{note}('n')")]
+    for _ in range(2):
+        done = gpu.go_on(found, tmp_path, 60, "1")
+        assert [done[name].status for name in ("more", "next")] == [None, 0]
+    assert log.read_text() == "mnm"
+
+
+def test_tiles_are_measured_between_tests_and_benchmarks(tmp_path):
+    names = [s.name for s in gpu.stages(tmp_path)]
+    before, after = names[: names.index("tune")], names[names.index("tune") + 1 :]
+    assert before == ["build", *(f"tests of {o}" for o in gpu.OPERATIONS)]
+    assert {f"bench of {o}" for o in gpu.OPERATIONS} <= {*after}
+    assert gpu.TUNING < 0.25 * 9 * 60
+
+
 @pytest.mark.parametrize("operation", gpu.OPERATIONS)
 def test_every_operation_is_tested_and_timed(operation, tmp_path):
     names = [s.name for s in gpu.stages(tmp_path)]

@@ -29,6 +29,7 @@ def checkout(tmp_path) -> Path:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tmp_path)
+    (tmp_path / "kernels/tuned/a_gpu.json").write_text("{}")  # as fastarch tune writes one
     return tmp_path
 
 
@@ -36,6 +37,7 @@ def test_without_a_compiler_the_package_builds_and_runs_on_the_reference(checkou
     printed = python("setup.py", "--quiet", "build", "--build-lib", "lib", cwd=checkout, CXX="/nonexistent")
     assert printed.count(MISSING) == 1
     assert not [*checkout.rglob("*.so"), *checkout.rglob("*.o")]
+    assert {"README.md", "a_gpu.json"} <= {file.name for file in (checkout / "lib/fastarch/kernels/tuned").iterdir()}
     show = """
 import fastarch, torch
 print(fastarch.__file__)

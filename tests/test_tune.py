@@ -8,6 +8,7 @@ from pathlib import Path
 import gpu as gpu_run
 import pytest
 import torch
+import typer
 from test_cli import fastarch_cli
 
 from fastarch import cli
@@ -17,8 +18,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import harness
 import launches
 import tune
-from fastarch.kernels import gru, tiles
+from candidates_ahead_of_time import SMALL
+from fastarch.kernels import attention, gru, tiles
 from triton import OutOfResources
+from triton.runtime.jit import JITFunction
 
 KEY, OTHER = ("fwd", "half", "vectors"), ("bwd", "half", "vectors")
 SAFE, FAST, FASTER, SLOW = gru.TILES[KEY], *gru.CANDIDATES[KEY][:3]
@@ -253,6 +256,35 @@ def test_every_key_with_candidates_has_a_launch(operation):
     kernels = {launch.kernel for launch in launches.of(operation)}
     assert {key[0] for key in launches.MODULES[operation].CANDIDATES} == kernels
     assert all(launch.dtype in harness.TOLERANCE for launch in launches.of(operation))
+
+
+class Compiled:
+    n_spills = 0
+
+
+def test_every_key_of_every_operation_is_measured(monkeypatch, tmp_path):
+    """From end to end, but that nothing is launched: all results are NaN, which no candidate survives."""
+    for table, workloads in SMALL.items():
+        monkeypatch.setattr(launches, table, workloads)
+    monkeypatch.setattr(attention, "generation", lambda: 90)
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **options: Compiled())
+    for name in ("set_device", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU)
+    monkeypatch.setattr(harness, "timed_on_gpu", lambda run, calls: 1e-6)
+    monkeypatch.setenv("FASTARCH_TUNED", "")
+    precisions = [backend.fp32_precision for backend in launches.MULTIPLIERS]
+    try:
+        with pytest.raises(typer.Exit) as ended:
+            tune.main(None, "cpu", 600, tmp_path)
+    finally:
+        for backend, precision in zip(launches.MULTIPLIERS, precisions):
+            backend.fp32_precision = precision
+    assert ended.value.exit_code == 0
+    table = tiles.read(tmp_path / tiles.file_name(GPU), GPU)
+    keys = {(operation, key) for operation, kernels in launches.MODULES.items() for key in kernels.CANDIDATES}
+    assert table.tiles.keys() == {(operation, key) for operation, key in keys if "half, sm_80" not in key}
+    assert all(tile == launches.MODULES[operation].TILES[key] for (operation, key), tile in table.tiles.items())
 
 
 # ---- the command
