@@ -40,7 +40,7 @@ class Device:
 
     def launched(self, run):
         results = run()
-        if isinstance(results, Exception):
+        if isinstance(results, BaseException):
             raise results
         return results, self.spills.get(self.table[KEY], 0)
 
@@ -142,6 +142,13 @@ def test_the_time_can_be_up_in_the_middle_of_a_key():
     device = Device({SAFE: 10e-6, FAST: 8e-6})
     with pytest.raises(tune.OutOfTimeError):
         device.choose(FAST, budget=-1)
+    assert device.table[KEY] == SAFE
+
+
+def test_an_interrupt_leaves_the_safe_tile():
+    device = Device({SAFE: 10e-6}, results={FAST: KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        device.choose(FAST)
     assert device.table[KEY] == SAFE
 
 
