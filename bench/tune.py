@@ -237,7 +237,6 @@ class Tuned:
         """Whole or not at all, whenever the process ends: a line a key."""
         text = json.dumps(self.table, indent=1)
         text = re.sub(r"\{[^{}]*\{[^{}]*\}[^{}]*\}", lambda entry: " ".join(entry[0].split()), text)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         whole = self.file.with_suffix(".new")
         whole.write_text(text + "\n", encoding="utf-8")
         os.replace(whole, self.file)
@@ -253,8 +252,9 @@ def tune(by_key: dict, tuned: Tuned, gpu: Gpu, clock: Clock, device: torch.devic
             continue
         try:
             clock.check()
-            runs = [launch.prepare(device) for launch in those]
-            choice = choose(module.TILES, key, module.CANDIDATES[key], runs, gpu, clock)
+            choice = choose(
+                module.TILES, key, module.CANDIDATES[key], [launch.prepare(device) for launch in those], gpu, clock
+            )
         except OutOfTimeError:
             break
         except Exception as error:  # the safe tile itself: the other keys may be well
@@ -275,10 +275,15 @@ def main(
     clock, here = Clock(budget), torch.device(device)
     output = output or Path(os.environ.get("FASTARCH_TUNED") or tiles.FOLDER)
     os.environ["FASTARCH_TUNED"] = ""  # launches take the tile that they are told to
-    torch.cuda.set_device(here)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"want a folder, got {str(output)!r}: {error}", param_hint="--output") from error
+    index = here.index or 0
+    torch.cuda.set_device(index)
     torch.manual_seed(harness.SEED)
     random.seed(harness.SEED)
-    tuned = Tuned(output, torch.cuda.get_device_name(here))
+    tuned = Tuned(output, torch.cuda.get_device_name(index))
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
         by_key = found(operations or list(tiles.OPERATIONS), here)

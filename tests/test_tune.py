@@ -1,6 +1,7 @@
 """fastarch tune: what wins, what is discarded, when it ends. The GPU and its clock are this file."""
 
 import json
+import operator
 import re
 import types
 from pathlib import Path
@@ -275,26 +276,33 @@ def test_every_key_of_every_operation_is_measured(monkeypatch, tmp_path):
         monkeypatch.setattr(launches, table, workloads)
     monkeypatch.setattr(attention, "generation", lambda: 90)
     monkeypatch.setattr(JITFunction, "run", lambda *args, **options: Compiled())
-    for name in ("set_device", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: operator.index(index))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU)
     monkeypatch.setattr(harness, "timed_on_gpu", lambda run, calls: 1e-6)
     monkeypatch.setenv("FASTARCH_TUNED", "")
     precisions = [backend.fp32_precision for backend in launches.MULTIPLIERS]
     try:
         with pytest.raises(typer.Exit) as ended:
-            tune.main(None, "cpu", 600, tmp_path)
+            tune.main(None, "cpu", 600, tmp_path / "new")
     finally:
         for backend, precision in zip(launches.MULTIPLIERS, precisions):
             backend.fp32_precision = precision
     assert ended.value.exit_code == 0
-    table = tiles.read(tmp_path / tiles.file_name(GPU), GPU)
+    table = tiles.read(tmp_path / "new" / tiles.file_name(GPU), GPU)
     keys = {(operation, key) for operation, kernels in launches.MODULES.items() for key in kernels.CANDIDATES}
     assert table.tiles.keys() == {(operation, key) for operation, key in keys if "half, sm_80" not in key}
     assert all(tile == launches.MODULES[operation].TILES[key] for (operation, key), tile in table.tiles.items())
 
 
 # ---- the command
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTARCH_TUNED", "")
+    with pytest.raises(typer.BadParameter, match=r"want a folder, got '.*file'"):
+        tune.main(None, "cpu", 600, tmp_path / "file")
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch):
