@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import tables
@@ -41,6 +42,17 @@ def test_shell_commands_exist(page):
     for line in "".join(blocks("sh")[page]).splitlines():
         program, command, *_ = line.split()
         assert command in known[program], line
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/kernels").glob("*.md")), ids=lambda page: page.stem)
+def test_kernels_have_pictures(page):
+    """They stand beside the page, are XML, and take nothing from elsewhere."""
+    pictures = re.findall(r"^!\[.+\]\((.+\.svg)\)$", page.read_text(), re.MULTILINE)
+    assert pictures
+    for name in pictures:
+        picture = ElementTree.parse(page.parent / name)
+        assert picture.getroot().tag == "{http://www.w3.org/2000/svg}svg"
+        assert not any("href" in attribute for element in picture.iter() for attribute in element.attrib)
 
 
 def test_readme_shows_the_records():
