@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import transformers
 from closeness import assert_all_close, assert_close
 from model_twins import TorchSequenceClassifier, basic, torch_lenet5, torchvision_resnet
 from torch import Tensor, nn
 
 import fastarch
+
+transformers = pytest.importorskip("transformers", reason="most of the models are Hugging Face's")
 
 STEPS = 20
 TEXT = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

@@ -1,6 +1,7 @@
 """The layers of batch_norm stand for torch.nn's, and fold_batch_norm for a BatchNorm behind a convolution."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -27,9 +28,19 @@ def named(name: str):
     return lambda message: f"{name}: {message}"
 
 
+def built(library, kind: str, **options) -> torch.nn.Module:
+    """A layer, without a bias as torch makes one so: by its argument, or in torch 2.11, which has none, afterwards."""
+    layer = getattr(library, kind)
+    if options.get("bias", True) or "bias" in inspect.signature(torch.nn.BatchNorm1d).parameters:
+        return layer(C, **options)
+    layer = layer(C, **{name: value for name, value in options.items() if name != "bias"})
+    layer.register_parameter("bias", None)
+    return layer
+
+
 def twins(kind: str, **options) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Our layer and torch's, with the same parameters, none of them 1 or 0."""
-    layer, twin = getattr(nn, kind)(C, **options), getattr(torch.nn, kind)(C, **options)
+    layer, twin = built(nn, kind, **options), built(torch.nn, kind, **options)
     for parameter in twin.parameters():
         torch.nn.init.normal_(parameter)
     if twin.track_running_stats:
@@ -264,7 +275,7 @@ def test_convert_sync_batchnorm():
             self.norm = nn.BatchNorm2d(C, activation="relu", momentum=None, eps=0.01)
             self.plain = torch.nn.BatchNorm3d(C, affine=False, track_running_stats=False)
 
-    model = torch.nn.Sequential(nn.Conv2d(3, C, 3), Block(), nn.BatchNorm1d(C, bias=False).eval()).double()
+    model = torch.nn.Sequential(nn.Conv2d(3, C, 3), Block(), built(nn, "BatchNorm1d", bias=False).eval()).double()
     before = {name: id(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     want = copy.deepcopy(model[1].norm)(model[0](x))
@@ -315,7 +326,7 @@ def folded(conv: torch.nn.Module, bn: torch.nn.Module) -> torch.nn.Module:
 def test_fold(kind, bias, options, library):
     build, norm, shape = FOLDABLE[kind]
     conv = build(bias=bias, dtype=torch.float64)
-    bn = getattr(library, norm)(C, dtype=torch.float64, **options).eval()
+    bn = built(library, norm, dtype=torch.float64, **options).eval()
     bn.load_state_dict(twins(norm, **options)[1].state_dict())
     x = torch.randn(shape, dtype=torch.float64)
     exact = bn(conv(x))

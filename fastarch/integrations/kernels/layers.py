@@ -12,10 +12,24 @@ from fastarch import nn as ours
 __all__ = ["GRU", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GRUCell", "MultiheadAttention"]
 
 
+# What our layers read of themselves, by name: torch.compile of torch 2.11 knows a module's attributes only one by one.
+NAMES = {
+    layer: tuple(vars(layer(*(1,) * sizes, device="meta")))
+    for layer, sizes in {
+        **dict.fromkeys((ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d), 1),
+        **dict.fromkeys((ours.GRU, ours.GRUCell, ours.MultiheadAttention), 2),
+    }.items()
+}
+
+
 def run(layer: type[nn.Module], module: nn.Module, attributes: dict[str, object], *args):
-    """The forward of one of our layers over all that a module has, and the attributes that torch's twin lacks."""
+    """The forward of one of our layers over what a module has, and the attributes that torch's twin lacks."""
     view = layer.__new__(layer)
-    view.__dict__.update(attributes | vars(module))
+    for name, value in attributes.items():
+        view.__dict__[name] = value
+    for name in NAMES[layer]:
+        if name in module.__dict__:  # a bias that attention may have is a parameter or an attribute
+            view.__dict__[name] = module.__dict__[name]
     return layer.forward(view, *args)
 
 
