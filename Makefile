@@ -5,10 +5,10 @@
 #   make bench       compare with the peers, everything or OP="gru attention": ARGS="-k char --peers eager"
 #   make bench-check  a short set against what this machine recorded, in two minutes: is anything slower?
 #   make lint        formats and static checks
-#   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, or some: ISAS=avx512
 #   make races       the C++ kernels under ThreadSanitizer
 #   make emulate     on processors without AVX-512, AVX2 and AVX, and on aarch64, by Debian's qemu-user
-#   make nightly     what takes too long for CI: races, emulate, Triton's kernels for every GPU, 2000 examples a fuzz test
+#   make nightly     what takes too long for CI: sanitize, races, emulate, Triton for every GPU, 2000 examples a fuzz test
 #   make cuda-build  compile and link the CUDA extension, without a GPU
 #   make gpu         with the system's python3: build in place; tests, tiles, benchmarks on its GPU, 9 minutes a time
 #   make docs        the pages of docs/, in site/
@@ -63,10 +63,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 
+# Kernels with sanitizers compile for three minutes an instruction set.
 SANITIZED := build/sanitize
+ISAS ?= avx512 avx2 generic
 sanitize: $(READY)
-	FASTARCH_SANITIZE=address,undefined FASTARCH_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	for isa in avx512 avx2 generic; do \
+	FASTARCH_SANITIZE=address,undefined FASTARCH_SANITIZE_ISAS="$(ISAS)" FASTARCH_CUDA=0 \
+	$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	for isa in $(ISAS); do \
 	  FASTARCH_CPU_ISA=$$isa FASTARCH_FUZZ_EXAMPLES=400 PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libubsan.so)" \
 	  $(BIN)/pytest $(CPU_TESTS) -k "fuzz or exact or nonsense" $(ARGS) || exit 1; \
@@ -85,7 +88,7 @@ emulate: $(READY)
 	$(BIN)/python .ci/check_emulated.py
 	$(BIN)/python .ci/check_aarch64.py
 
-nightly: races emulate
+nightly: sanitize races emulate
 	FASTARCH_EVERY_GPU=1 $(BIN)/pytest tests/test_triton_ahead_of_time.py $(ARGS)
 	FASTARCH_FUZZ_EXAMPLES=2000 $(SIDE_BY_SIDE) $(wildcard tests/test_*_fuzz.py) $(ARGS)
 

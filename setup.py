@@ -1,7 +1,8 @@
 """Builds fastarch: the CPU kernels once per instruction set, fastarch._C around them, and fastarch._cuda where it can.
 
 Environment: CXX; FASTARCH_CUDA=0|1 forces the CUDA extension off or on; TORCH_CUDA_ARCH_LIST names its architectures;
-FASTARCH_SANITIZE builds the C++ with GCC's sanitizers: address,undefined (make sanitize) or thread (make races).
+FASTARCH_SANITIZE builds the C++ with GCC's sanitizers: address,undefined (make sanitize) or thread (make races), its
+kernels for the instruction sets in FASTARCH_SANITIZE_ISAS, all by default.
 """
 
 import os
@@ -48,6 +49,7 @@ OPTIMISE = ["-std=c++20", "-O2", "-fvisibility=hidden"]
 # -O1: instrumented, the unrolled loops of the kernels take minutes a file to optimise
 SANITIZE = ["-O1", "-g", f"-fsanitize={os.environ.get('FASTARCH_SANITIZE')}", "-fno-sanitize-recover=all"]
 SANITIZE = SANITIZE if "FASTARCH_SANITIZE" in os.environ else []
+SANITIZED_SETS = os.environ.get("FASTARCH_SANITIZE_ISAS", " ".join(INSTRUCTION_SETS)).split()
 
 
 def cuda_wanted() -> bool:
@@ -96,9 +98,10 @@ def compiler() -> list[str]:
 
 def kernel_object(isa: str, source: Path, folder: Path) -> str:
     """Compile one kernel source for one instruction set."""
-    target = folder / f"{source.stem}_{isa}.o"
+    sanitize = SANITIZE if isa in SANITIZED_SETS else []
+    target = folder / f"{source.stem}_{isa}{'_sanitized' if sanitize else ''}.o"
     if newer_group([str(source), *map(str, Path("csrc").rglob("*.h")), "setup.py"], str(target)):
-        flags = [*KERNEL_FLAGS, *WARNINGS, *SANITIZE, *INSTRUCTION_SETS[isa], f"-DFASTARCH_ISA={isa}", "-Icsrc"]
+        flags = [*KERNEL_FLAGS, *WARNINGS, *sanitize, *INSTRUCTION_SETS[isa], f"-DFASTARCH_ISA={isa}", "-Icsrc"]
         command = [*compiler(), *flags, "-c", str(source), "-o", str(target)]
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)
