@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import harness
@@ -52,6 +53,14 @@ def test_who_was_asked_for_but_does_not_do_it_is_named(three_peers):
 def test_ours_must_be_right(three_peers):
     with pytest.raises(AssertionError, match="result 0 is off by"):
         harness.providers(case(nn.Linear(4, 3)), "inference", [])
+
+
+@pytest.mark.parametrize(("error", "is_rounding"), [(1e-6, True), (1e-2, False)])
+def test_a_gradient_may_be_zero_but_for_rounding(error, is_rounding):
+    y, large, zero = torch.ones(3), torch.full((3,), 100.0), torch.full((3,), 1e-17)
+    outcome = nullcontext() if is_rounding else pytest.raises(AssertionError, match="result 2 is off by")
+    with outcome:
+        harness.check((y, large, zero + error), (y, large, zero), case())
 
 
 def test_rounds_are_kept(three_peers, monkeypatch):
