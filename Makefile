@@ -8,7 +8,9 @@
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, or some: ISAS=avx512
 #   make races       the C++ kernels under ThreadSanitizer
 #   make emulate     on processors without AVX-512, AVX2 and AVX, and on aarch64, by Debian's qemu-user
-#   make nightly     what takes too long for CI: sanitize, races, emulate, Triton for every GPU, 2000 examples a fuzz test
+#   make every-gpu   every one of Triton's kernels compiled for every GPU
+#   make fuzz        2000 examples a fuzz test
+#   make nightly     the five above, which take too long for CI; how they last went is in .ci/nightly.md
 #   make cuda-build  compile and link the CUDA extension, without a GPU
 #   make gpu         with the system's python3: build in place; tests, tiles, benchmarks on its GPU, 9 minutes a time
 #   make docs        the pages of docs/, in site/
@@ -28,7 +30,7 @@ PEERS := onnx onnxruntime onnxscript openvino
 # `kernels/` and `fastarch/` must be found where they are installed, never because of the current directory
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test bench bench-check lint sanitize races emulate nightly cuda-build gpu docs wheel clean
+.PHONY: demo test bench bench-check lint sanitize races emulate every-gpu fuzz nightly cuda-build gpu docs wheel clean
 
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -88,9 +90,15 @@ emulate: $(READY)
 	$(BIN)/python .ci/check_emulated.py
 	$(BIN)/python .ci/check_aarch64.py
 
-nightly: sanitize races emulate
+every-gpu: $(READY)
 	FASTARCH_EVERY_GPU=1 $(BIN)/pytest tests/test_triton_ahead_of_time.py $(ARGS)
+
+fuzz: $(READY)
 	FASTARCH_FUZZ_EXAMPLES=2000 $(SIDE_BY_SIDE) $(wildcard tests/test_*_fuzz.py) $(ARGS)
+
+NIGHTLY ?= sanitize races emulate every-gpu fuzz
+nightly: $(READY)
+	$(BIN)/python .ci/nightly.py $(NIGHTLY)
 
 CUDA := .venv-cuda
 BUILT := build/cuda

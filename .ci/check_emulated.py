@@ -39,6 +39,7 @@ def compute() -> dict[str, torch.Tensor]:
             ("conv_relu_pool 5x2", (x, w_library), ops.conv_relu_pool(x, w_library, stride=2, pool="avg")),
             ("batch_norm", (x,), ops.batch_norm(x, None, None, training=True, activation="relu")),
             ("gru", (sequence, h0, w_ih, w_hh), ops.gru(sequence, h0, w_ih, w_hh)[0]),
+            ("gru, a step", (sequence, h0, w_ih, w_hh), ops.gru(sequence[:1], h0, w_ih, w_hh)[0]),
             ("attention", (q, k, v), ops.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)),
         ):
             grads = torch.autograd.grad(y, inputs, torch.randn(y.shape).to(dtype))

@@ -114,8 +114,8 @@ void batch_norm(ElementType type, const char* name, bool rows) {
 }
 
 template <class T>
-void gru(ElementType type, const char* name, bool reset_after) {
-  const Gru p{4, 3, 5, 19, false, reset_after, nullptr};
+void gru(ElementType type, const char* name, int64_t length, int64_t N, bool reset_after) {
+  const Gru p{length, N, 5, 19, false, reset_after, nullptr};
   const Team alone{0, 1, 1, Split::ROWS, nullptr};
   const int64_t H = p.H, steps = p.T * p.N;
   const auto x = draw<T>(steps * p.C), h0 = draw<T>(p.N * H), dy = draw<T>(steps * H);
@@ -183,7 +183,10 @@ template <class T>
 void all(ElementType type, const char* name) {
   conv_relu_pool<T>(type, name);
   batch_norm<T>(type, name, true), batch_norm<T>(type, name, false);
-  gru<T>(type, name, true), gru<T>(type, name, false);
+  for (const bool reset_after : {true, false}) {
+    gru<T>(type, name, 4, 3, reset_after);
+    gru<T>(type, name, 1, 3, reset_after), gru<T>(type, name, 1, 9, reset_after);  // one step packs no weights
+  }
   attention<T>(type, name);
 }
 
