@@ -4,9 +4,11 @@ import gzip
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import fastarch
@@ -25,7 +27,8 @@ def search_path(monkeypatch):
 
 def fastarch_cli(*arguments) -> tuple[int, str]:
     """The exit status of the command, and what it printed, each run of spaces, frames and line ends as one space."""
-    result = CliRunner().invoke(cli.main, [str(a) for a in arguments], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    with mock.patch.object(cli, "console", Console(width=200)):  # cli's own keeps the width that it was made with
+        result = CliRunner().invoke(cli.main, [str(a) for a in arguments], env={"TERMINAL_WIDTH": "200"})
     if not isinstance(result.exception, SystemExit | None):
         raise result.exception
     return result.exit_code, " ".join("".join(" " if c in "│┃" else c for c in result.output).split())
