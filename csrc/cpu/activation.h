@@ -42,7 +42,7 @@ FASTARCH_INLINE Parts<T> exponential(Vec<T> x) {
   Vec<T> p = splat<T>(E::TAYLOR[0]);
 #pragma GCC unroll 16
   for (int i = 1; i < int(sizeof(E::TAYLOR) / sizeof(T)); i++) p = p * r + E::TAYLOR[i];
-  const Vec<Int> scale = ((Vec<Int>)shifted << E::MANTISSA) + (Int(E::BIAS) << E::MANTISSA);
+  const Vec<Int> scale = ((Vec<Int>)shifted + Int(E::BIAS)) << E::MANTISSA;
   return {(Vec<T>)scale, p * (r * r) + r};
 }
 
