@@ -5,7 +5,7 @@
 #   make bench       compare with the peers, everything or OP="gru attention": ARGS="-k char --peers eager"
 #   make bench-check  a short set against what this machine recorded, in two minutes: is anything slower?
 #   make lint        formats and static checks
-#   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, or some: ISAS=avx512
+#   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer; ISAS=avx512: only those
 #   make races       the C++ kernels under ThreadSanitizer
 #   make emulate     on processors without AVX-512, AVX2 and AVX, and on aarch64, by Debian's qemu-user
 #   make every-gpu   every one of Triton's kernels compiled for every GPU
@@ -65,7 +65,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 
-# Kernels with sanitizers compile for three minutes an instruction set.
+# Kernels with sanitizers compile for three minutes an instruction set. pytest captures what Python writes alone: a
+# sanitizer's report is written past it, and ends the process.
 SANITIZED := build/sanitize
 ISAS ?= avx512 avx2 generic
 sanitize: $(READY)
@@ -74,7 +75,7 @@ sanitize: $(READY)
 	for isa in $(ISAS); do \
 	  FASTARCH_CPU_ISA=$$isa FASTARCH_FUZZ_EXAMPLES=400 PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libubsan.so)" \
-	  $(BIN)/pytest $(CPU_TESTS) -k "fuzz or exact or nonsense" $(ARGS) || exit 1; \
+	  $(BIN)/pytest --capture=sys $(CPU_TESTS) -k "fuzz or exact or nonsense" $(ARGS) || exit 1; \
 	done
 
 # Workers are threads that ThreadSanitizer sees, torch's own operations have one (csrc/cpu/parallel.h). It wants memory
@@ -84,7 +85,7 @@ races: $(READY)
 	FASTARCH_SANITIZE=thread FASTARCH_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(THREADED) --build-lib $(THREADED)/lib
 	FASTARCH_FUZZ_EXAMPLES=100 PYTHONPATH=$(THREADED)/lib OMP_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 exitcode=66" \
 	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libtsan.so)" \
-	setarch --addr-no-randomize $(BIN)/pytest $(CPU_TESTS) -k "fuzz or exact or threads" $(ARGS)
+	setarch --addr-no-randomize $(BIN)/pytest --capture=sys $(CPU_TESTS) -k "fuzz or exact or threads" $(ARGS)
 
 emulate: $(READY)
 	$(BIN)/python .ci/check_emulated.py

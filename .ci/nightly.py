@@ -5,14 +5,16 @@ python .ci/nightly.py TARGET [TARGET ...]
 A target that fails does not keep the others from running; the status is 1 then. out/nightly has all that they print.
 """
 
-import os
-import platform
-import re
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+import floors
+import records
 
 HEAD = ["target", "outcome", "last line", "minutes", "date", "commit", "machine"]
 TABLE, LOGS = Path(".ci/nightly.md"), Path("out/nightly")
@@ -30,22 +32,6 @@ def write(table: dict[str, list[str]]) -> None:
     TABLE.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return f"{model[1] if model else platform.machine()}, {os.cpu_count()} CPUs"
-
-
-def commit() -> str:
-    """The one that is checked out, with a + if something in it was changed."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{TABLE}")
-    return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
-
-
 def run(target: str) -> tuple[bool, str, float]:
     """Whether it passed, the last line that it printed, and its minutes."""
     log, begin = LOGS / f"{target}.log", time.monotonic()
@@ -57,12 +43,15 @@ def run(target: str) -> tuple[bool, str, float]:
 
 def main(targets: list[str]) -> int:
     LOGS.mkdir(parents=True, exist_ok=True)
-    failed = []
+    machine, failed = floors.machine(torch.device("cpu")), []
+    where = f"{machine['device']}, {machine['threads']} threads"
     for target in targets:
+        made = records.provenance([], {})  # before it runs
         passed, said, minutes = run(target)
         outcome = "passed" if passed else "failed"
         print(f"{target}: {outcome} after {minutes:.0f} minutes: {said}", flush=True)
-        row = [target, outcome, said, f"{minutes:.1f}", str(date.today()), commit(), machine()]
+        commit = f"{made['commit']}{' changed' * bool(made['dirty'])}"
+        row = [target, outcome, said, f"{minutes:.1f}", made["date"], commit, where]
         write(rows() | {target: row})
         failed += [] if passed else [target]
     return 1 if failed else 0

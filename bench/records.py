@@ -28,7 +28,8 @@ def slug(machine: dict) -> str:
 
 def provenance(arguments: Iterable[str], seeds: dict[str, int]) -> dict:
     """What it takes to run the same again."""
-    changes = git("status", "--porcelain", "--", ".", ":!bench/results", ":!kernels/tuned")  # what runs write
+    written = ":!bench/results", ":!kernels/tuned", ":!.ci/nightly.md"  # by runs
+    changes = git("status", "--porcelain", "--", ".", *written)
     settings = ("FASTARCH_", "ATEN_", "OMP_", "MKL_", "TORCH", "CUDA_VISIBLE")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
