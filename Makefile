@@ -5,7 +5,7 @@
 #   make bench       compare with the peers, everything or OP="gru attention": ARGS="-k char --peers eager"
 #   make bench-check  a short set against what this machine recorded, in two minutes: is anything slower?
 #   make lint        formats and static checks
-#   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer; ISAS=avx512: only those
+#   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer; ISAS=avx2: only those
 #   make races       the C++ kernels under ThreadSanitizer
 #   make emulate     on processors without AVX-512, AVX2 and AVX, and on aarch64, by Debian's qemu-user
 #   make every-gpu   every one of Triton's kernels compiled for every GPU
@@ -66,9 +66,9 @@ lint: $(READY)
 	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 
 # Kernels with sanitizers compile for three minutes an instruction set. pytest captures what Python writes alone: a
-# sanitizer's report is written past it, and ends the process.
+# sanitizer's report is written past it, and ends the process. All instruction sets of this machine.
 SANITIZED := build/sanitize
-ISAS ?= avx512 avx2 generic
+ISAS ?= $(shell $(BIN)/python -c "from fastarch.extension import cpu, isa; print(*cpu.isas[:cpu.isas.index(isa) + 1])")
 sanitize: $(READY)
 	FASTARCH_SANITIZE=address,undefined FASTARCH_SANITIZE_ISAS="$(ISAS)" FASTARCH_CUDA=0 \
 	$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib

@@ -36,7 +36,9 @@ def run(target: str) -> tuple[bool, str, float]:
     """Whether it passed, the last line that it printed, and its minutes."""
     log, begin = LOGS / f"{target}.log", time.monotonic()
     with log.open("w") as out:
-        status = subprocess.run(["make", target], stdout=out, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(
+            ["make", "--no-print-directory", target], stdout=out, stderr=subprocess.STDOUT
+        ).returncode
     lines = [line.strip(" =") for line in log.read_text(errors="replace").splitlines() if line.strip(" =")]
     return status == 0, lines[-1][:100].replace("|", "/") if lines else "", (time.monotonic() - begin) / 60
 

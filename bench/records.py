@@ -19,11 +19,17 @@ OURS = "fastarch"  # as are all providers whose name begins with it
 REFERENCE = "eager"  # what the same module of torch's layers does: present in every run, unless --peers leaves it out
 
 
+def title(machine: dict) -> str:
+    """The device, and of a CPU what else tells it apart: clouds call several generations "AMD EPYC"."""
+    parts = [machine["device"]]
+    if "threads" in machine:
+        parts += [machine["isa"] or "no kernels", f"{machine['threads']} threads"]
+    return ", ".join(parts)
+
+
 def slug(machine: dict) -> str:
-    """The device's name as a folder, such as amd_epyc_2_threads."""
-    name = re.sub(r"\((R|TM)\)", "", machine["device"])
-    threads = f" {machine['threads']} threads" if "threads" in machine else ""
-    return re.sub(r"\W+", "_", f"{name}{threads}".lower()).strip("_")
+    """The title as a folder, such as amd_epyc_avx512_2_threads."""
+    return re.sub(r"\W+", "_", re.sub(r"\((R|TM)\)", "", title(machine)).lower()).strip("_")
 
 
 def provenance(arguments: Iterable[str], seeds: dict[str, int]) -> dict:

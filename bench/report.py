@@ -73,8 +73,6 @@ def build(found: list[dict], folder: Path) -> Path:
 
 
 def of_device(slug: str, found: list[dict], folder: Path) -> Device:
-    about = found[0]["machine"]
-    name = about["device"] + (f", {about['threads']} threads" if "threads" in about else "")
     sections = [Section("Roofline", [], [roofline(found, folder / f"{slug}-roofline.svg")])]
     for operation, title in TITLES.items():
         draw = scaling if operation == "scaling" else speed
@@ -86,7 +84,7 @@ def of_device(slug: str, found: list[dict], folder: Path) -> Device:
                     plots += draw(results, folder / (f"{slug}-{operation}" + f"-{dtype}" * (dtype != "float32")))
                     texts += [tables.machine(record), *tables.left_out(results)]
         sections.append(Section(title.replace("`", ""), texts, plots))
-    return Device(name, slug, sections)
+    return Device(records.title(found[0]["machine"]), slug, sections)
 
 
 def save(figure: Figure, path: Path, caption: str, rows: list[list[str]]) -> Plot:

@@ -48,8 +48,9 @@ def left_out(results: list[dict]) -> list[str]:
 
 def machine(record: dict) -> str:
     about, floors = dict(record["machine"]), record["floors"]
-    device, threads = about.pop("device"), about.pop("threads", None)
-    where = f"{device}, {threads} threads" if threads else device
+    where = records.title(about)
+    for shown in ("device", "isa", "threads"):
+        about.pop(shown, None)
     about = {name: " ".join(value) if isinstance(value, list) else value for name, value in about.items()}
     rates = f"{floors['flops'] / 1e9:.0f} GFLOP/s and {floors['bandwidth'] / 1e9:.0f} GB/s measured in the same run"
     made = record.get("run")  # the oldest records do not have it
@@ -82,7 +83,7 @@ def summary() -> str:
                 ratios = {r["case"]: ratio(r) for r in results}
                 least = min(ratios, key=ratios.get)
                 lines.append(
-                    f"| {title} | {about['device']}, torch {about['torch']} | {heading(mode, results)} "
+                    f"| {title} | {records.title(about)}, torch {about['torch']} | {heading(mode, results)} "
                     f"| {statistics.geometric_mean(ratios.values()):.2f} "
                     f"| {ratios[least]:.2f} ({least}) | {cases(len(ratios))} |"
                 )

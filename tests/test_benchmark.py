@@ -76,8 +76,11 @@ def test_rounds_are_kept(three_peers, monkeypatch):
 @pytest.mark.parametrize(
     ("machine", "slug"),
     [
-        ({"device": "AMD EPYC", "threads": 2}, "amd_epyc_2_threads"),
-        ({"device": "Intel(R) Core(TM) i7-1260P", "threads": 12}, "intel_core_i7_1260p_12_threads"),
+        ({"device": "AMD EPYC", "isa": "avx2", "threads": 2}, "amd_epyc_avx2_2_threads"),
+        (
+            {"device": "Intel(R) Core(TM) i7-1260P", "isa": "generic", "threads": 12},
+            "intel_core_i7_1260p_generic_12_threads",
+        ),
         ({"device": "NVIDIA H100 80GB HBM3"}, "nvidia_h100_80gb_hbm3"),
     ],
 )
@@ -88,13 +91,13 @@ def test_devices_have_folders(machine, slug):
 def test_records_are_kept_by_operation_and_dtype(tmp_path):
     kinds = [("gru", "float32"), ("gru", "bfloat16"), ("attention", "float32")]
     results = [{"operation": o, "dtype": d, "timings": {"eager": {"nanoseconds": [3, 4]}}} for o, d in kinds]
-    record = {"machine": {"device": "A", "threads": 1}, "results": results}
+    record = {"machine": {"device": "A", "isa": "avx2", "threads": 1}, "results": results}
     paths = records.keep(record, tmp_path)
     assert [p.relative_to(tmp_path).as_posix() for p in paths] == [
-        f"a_1_threads/{name}.json" for name in ("gru", "gru_bfloat16", "attention")
+        f"a_avx2_1_threads/{name}.json" for name in ("gru", "gru_bfloat16", "attention")
     ]
     assert '"nanoseconds": [ 3, 4 ]' in paths[0].read_text()
-    together = records.load(tmp_path / "a_1_threads")
+    together = records.load(tmp_path / "a_avx2_1_threads")
     assert sorted(map(str, together["results"])) == sorted(map(str, results))
 
 

@@ -7,7 +7,7 @@ import compare
 import pytest
 import records
 
-MACHINE = {"device": "A Processor", "threads": 2}
+MACHINE = {"device": "A Processor", "isa": "avx2", "threads": 2}
 NOISE = 0.03  # standard deviation of a round's ratio
 WOBBLE = 0.2  # and of how fast the machine is from round to round
 

@@ -45,7 +45,7 @@ class Page(HTMLParser):
 def record(results: list[dict]) -> dict:
     floors = {"flops": 1e12, "bandwidth": 1e11, "fresh_bandwidth": 1e10, "huge_bandwidth": 5e10}
     run = {"date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "dirty": True}
-    machine = {"device": "A <Processor>", "threads": 4, "flags": ["avx2", "fma"], "torch": "2.13.0"}
+    machine = {"device": "A <Processor>", "isa": "avx2", "threads": 4, "flags": ["avx2", "fma"], "torch": "2.13.0"}
     return {"machine": machine, "floors": floors, "run": run, "results": results}
 
 
@@ -104,10 +104,10 @@ def small(tmp_path) -> Path:
 def test_what_was_measured_and_what_was_not(small):
     page = Page(small)
     assert sorted(page.images) == [
-        f"a_processor_4_threads-{name}.svg" for name in ("gru-memory", "gru-training", "roofline", "scaling")
+        f"a_processor_avx2_4_threads-{name}.svg" for name in ("gru-memory", "gru-training", "roofline", "scaling")
     ]
     assert page.text.count("Not measured on this device.") == len(report.TITLES) - 2
-    assert "A <Processor>, 4 threads" in page.text
+    assert "A <Processor>, avx2, 4 threads" in page.text
     assert "Without openvino: char training. RuntimeError: no <such> operator" in page.text
     assert "2026-01-02T03:04:05+00:00, commit 0123456789ab changed" in page.text
     assert "flags avx2 fma" in page.text
