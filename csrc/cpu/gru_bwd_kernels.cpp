@@ -9,8 +9,9 @@ struct Backward {
   using T = Compute<Storage>;
   static constexpr int L = LANES<T>;
   static constexpr bool SAME = sizeof(T) == sizeof(Storage);
-  static constexpr int64_t CHUNK_ROWS = 512;  // (step, sequence) pairs: long products, panels that fit the L3 cache
-  static constexpr int64_t COLUMNS = 2;       // vectors of a weight gradient that are summed together
+  static constexpr int64_t CHUNK_ROWS = 512;   // (step, sequence) pairs: long products, panels that fit the L3 cache
+  static constexpr int64_t COLUMNS = 2;        // vectors of a weight gradient that are summed together
+  static constexpr int64_t GRADIENT_RUN = 64;  // rows whose share of a weight gradient is summed at once
   static constexpr int UNITS = TILE_ROWS < L ? TILE_ROWS : L;  // rows of it
   enum Gate { R, Z, N_, RESET_N };                             // panels: dr, dz, dn and, with reset_after, dn * r
   alignas(64) static constexpr T ZEROS[MOST_VECTORS * L] = {};
@@ -145,8 +146,7 @@ struct Backward {
   // Without reset_after: q = W_hn' dn, the gradient of r * h, gives dr, and q * r to dh.
   void reset_gate(Range mine, Range units, int64_t s, int64_t first) const {
     const int64_t t = sequence.time(s);
-    products(mine, units, t, {2 * stride, stride}, false, [&](int64_t n, int64_t j, const T* product) {
-      if (!sequence.live(t, n)) return;
+    products(mine, units, t, {2 * stride, stride}, [&](int64_t n, int64_t j, const T* product) {
       const int64_t left = p.H - j * L;
       const Vec<T> r = load_as<T>(gate(t, n, 0) + j * L, left), q = load(product);
       const Vec<T> dr = q * load_as<T>(state_before(t, n) + j * L, left) * (r * (T(1) - r));
@@ -158,29 +158,35 @@ struct Backward {
 
   // dh += W_hr' dr + W_hz' dz, and with reset_after + W_hn' (dn * r).
   void state_gradient(Range mine, Range units, int64_t s) const {
-    products(mine, units, sequence.time(s), {0, (p.reset_after ? 3 : 2) * stride}, true,
-             [&](int64_t n, int64_t j, const T* product) { store(dh + n * stride + j * L, load(product)); });
+    const Columns all{0, (p.reset_after ? 3 : 2) * stride};
+    products(mine, units, sequence.time(s), all, [&](int64_t n, int64_t j, const T* product) {
+      T* const at = dh + n * stride + j * L;
+      store(at, load(at) + load(product));
+    });
   }
 
-  // take(n, j, sum of dgates * w_hh over columns [begin, begin + count) of dgates, plus dh), for rows that are live.
+  // take(n, j, sum of dgates * w_hh over columns [begin, begin + count) of dgates), for rows that are live.
   struct Columns {
     int64_t begin, count;
   };
   template <class Take>
-  FASTARCH_INLINE void products(Range mine, Range units, int64_t t, Columns c, bool add, const Take& take) const {
+  FASTARCH_INLINE void products(Range mine, Range units, int64_t t, Columns c, const Take& take) const {
     each_group(are_few(size(mine)) ? 4 : 3, units, [&](int64_t j, int64_t V) {
-      alignas(64) T results[TILE_ROWS * MOST_VECTORS * L];
+      alignas(64) T results[STRIP_ROWS * 3 * L];
       Product<T> o{};
       o.x = dgates + c.begin, o.segments = 1, o.length = c.count;
       o.w = w_hh + (j * 3 * stride + c.begin) * L, o.w_step = 3 * stride * L;
       o.init = ZEROS, o.to = results, o.to_step = V * L;
-      each_tile(mine, [&](int64_t n, int64_t P) {
-        if (!sequence.any_live(t, n, P)) return;
-        for (int64_t i = 0; i < P; i++) o.at[i] = (n + i) * 3 * stride;
-        if (add) o.init = dh + n * stride + j * L, o.init_step = stride;
-        multiply(P, V, o);
-        for (int64_t i = 0; i < P; i++)
-          for (int64_t v = 0; v < V; v++) take(n + i, j + v, results + (i * V + v) * L);
+      each_strip(mine, [&](int64_t first, int64_t count) {
+        int64_t live[STRIP_ROWS];
+        o.rows = 0;
+        for (int64_t n = first; n < first + count; n++) {
+          if (!sequence.live(t, n)) continue;
+          live[o.rows] = n, o.at[o.rows++] = n * 3 * stride;
+        }
+        multiply(V, o);
+        for (int64_t i = 0; i < o.rows; i++)
+          for (int64_t v = 0; v < V; v++) take(live[i], j + v, results + (i * V + v) * L);
       });
     });
   }
@@ -188,15 +194,16 @@ struct Backward {
   // dx = W_ih' [dr, dz, dn], of some rows of the panels.
   void input_gradient(Range mine, Range steps) const {
     each_group(3, {0, input_blocks}, [&](int64_t j, int64_t V) {
-      alignas(64) T results[TILE_ROWS * MOST_VECTORS * L];
+      alignas(64) T results[STRIP_ROWS * 3 * L];
       Product<T> o{};
       o.x = panels, o.segments = 3 * blocks, o.x_step = panel, o.length = L;
       o.w = w_ih + j * 3 * stride * L, o.w_step = 3 * stride * L;
       o.init = ZEROS, o.to = results, o.to_step = V * L;
-      each_tile(mine, [&](int64_t row, int64_t P) {
-        for (int64_t i = 0; i < P; i++) o.at[i] = (row + i) * L;
-        multiply(P, V, o);
-        for (int64_t i = 0; i < P; i++) {
+      each_strip(mine, [&](int64_t row, int64_t count) {
+        o.rows = count;
+        for (int64_t i = 0; i < count; i++) o.at[i] = (row + i) * L;
+        multiply(V, o);
+        for (int64_t i = 0; i < count; i++) {
           const int64_t t = sequence.time(steps.begin + (row + i) / p.N), n = (row + i) % p.N;
           Storage* const to = static_cast<Storage*>(a.dx) + (t * p.N + n) * p.C + j * L;
           narrow_row(results + i * V * L, least(V * L, p.C - j * L), to);
@@ -213,13 +220,12 @@ struct Backward {
     pack_rows(of_state, column, g, steps, packed);
     const T* const gradients = panel_row(of_state && g == 2 && p.reset_after ? int(RESET_N) : g, 0, 0);
     T* const to = (of_state ? dw_hh : dw_ih) + g * p.H * columns + column;
-    for (int64_t unit = 0; unit < p.H; unit += UNITS) {
-      const T* const from = gradients + unit / L * panel + unit % L;
-      for (int64_t begin = 0; begin < count; begin += RUN) {
+    for (int64_t begin = 0; begin < count; begin += GRADIENT_RUN) {
+      const bool first = begin == 0 && steps.end == p.T;
+      for (int64_t unit = 0; unit < p.H; unit += UNITS) {
         Vec<T> acc[UNITS][COLUMNS] = {};
-        multiply_add<UNITS, COLUMNS, T, L>(acc, from + begin * L, every(1), packed + begin * L, panel,
-                                           least(RUN, count - begin));
-        const bool first = begin == 0 && steps.end == p.T;
+        multiply_add<UNITS, COLUMNS, T, L>(acc, gradients + unit / L * panel + unit % L + begin * L, every(1),
+                                           packed + begin * L, panel, least(GRADIENT_RUN, count - begin));
 #pragma GCC unroll 8
         for (int i = 0; i < UNITS; i++) {
 #pragma GCC unroll 3

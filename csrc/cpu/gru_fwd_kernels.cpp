@@ -129,10 +129,10 @@ struct Forward {
       o.x = SAME ? static_cast<const T*>(a.x) : widened;
       o.w = w_ih + 3 * j * p.C * L, o.w_step = p.C * L, o.segments = 1, o.length = p.C;
       o.init = bias + 3 * j * L, o.to_step = row_step;
-      each_tile(all, [&](int64_t q, int64_t rows) {
+      each_strip(all, [&](int64_t q, int64_t rows) {
+        o.rows = rows, o.to = sums + q * row_step + (j - units.begin) * 3 * L;
         for (int64_t i = 0; i < rows; i++) o.at[i] = SAME ? offset(q + i) : (q + i) * p.C;
-        o.to = sums + q * row_step + (j - units.begin) * 3 * L;
-        multiply(rows, 3, o);
+        multiply(3, o);
       });
     }
   }
@@ -140,24 +140,28 @@ struct Forward {
   // One step of some rows and blocks. With reset_after it is phase 0; otherwise phase 0 gives r * h and z, phase 1 h.
   void step(int phase, Range rows, Range units, int64_t s, const T* sums) const {
     const int64_t V = p.reset_after ? 3 : phase == 0 ? 2 : 1;  // gates that it multiplies
-    const int64_t row_step = size(units) * 3 * L;
+    const int64_t t = sequence.time(s), row_step = size(units) * 3 * L;
     const T* const before = phase == 0 ? state[s % 2] : reset;
     each_group(are_few(size(rows)) ? 2 : 1, units, [&](int64_t j, int64_t B) {
-      alignas(64) T products[TILE_ROWS * MOST_VECTORS * L];
+      alignas(64) T products[STRIP_ROWS * 3 * L];
       Product<T> o{};
       o.x = before, o.segments = 1, o.length = p.H;
       o.w = recurrent(j, phase == 0 ? 0 : 2), o.w_step = p.H * L;
       o.init = ZEROS, o.to = products, o.to_step = B * V * L;
-      each_tile(rows, [&](int64_t n, int64_t P) {
-        for (int64_t i = 0; i < P; i++) o.at[i] = (n + i) * stride;
-        if (sequence.any_live(sequence.time(s), n, P)) multiply(P, B * V, o);
-        for (int64_t i = 0; i < P; i++) {
+      each_strip(rows, [&](int64_t n, int64_t count) {
+        o.rows = 0;
+        for (int64_t i = n; i < n + count; i++)
+          if (sequence.live(t, i)) o.at[o.rows++] = i * stride;
+        multiply(B * V, o);
+        const T* product = products;
+        for (int64_t i = n; i < n + count; i++) {
+          const bool live = sequence.live(t, i);
           for (int64_t b = 0; b < B; b++) {
-            const T* const input = sums + (n + i - rows.begin) * row_step + (j + b - units.begin) * 3 * L;
-            const T* const product = products + (i * B + b) * V * L;
-            if (V == 2) reset_and_update(s, n + i, j + b, input, product);
-            if (V != 2) finish(s, n + i, j + b, input, product);
+            const T* const input = sums + (i - rows.begin) * row_step + (j + b - units.begin) * 3 * L;
+            if (V == 2 && live) reset_and_update(s, i, j + b, input, product + b * V * L);
+            if (V != 2) finish(s, i, j + b, input, product + b * V * L);
           }
+          product += live ? B * V * L : 0;
         }
       });
     });

@@ -65,13 +65,13 @@ struct Once {
     for (int64_t g = 0; g < gates; g++) {
       each_tile({0, live}, [&](int64_t l, int64_t rows) {
         for (int64_t begin = 0; begin < K; begin += RUN) {
-          o.length = least(RUN, K - begin);
+          o.rows = rows, o.length = least(RUN, K - begin);
           for (int64_t i = 0; i < rows; i++)
             copy_row(weights + i * RUN, w + g * w_step + (l + i) * K + begin, o.length);
           each_group(balanced_rows(vectors, 3), {0, vectors}, [&](int64_t v, int64_t together) {
             o.w = operand + (v * K + begin) * L;
             o.init = o.to = sums + (g * L + l) * width + v * L;
-            multiply(rows, together, o);
+            multiply(together, o);
           });
         }
       });
