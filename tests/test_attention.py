@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_cases import CASES, DTYPES, PLAIN, Case, double, draw, in_eager, in_torch, ours, run
 from closeness import assert_close
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastarch.ops import scaled_dot_product_attention
@@ -15,29 +16,36 @@ from fastarch.ref.attention import dropout_factors, philox
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_lse_and_gradients(case, dtype):
-    hold_against_torch(case, dtype, draw(case, dtype))
+    hold_against_torch(case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", [Case(1, 2, 70, 600, 24), Case(1, 4, 2, 600, 24, Hkv=2)], ids=str)
 def test_scores_that_rise_from_tile_to_tile(case, dtype):
     """A row's maximum grows by far more than 2^8 between tiles of keys: sums and outputs so far are scaled again."""
-    drawn = draw(case, dtype)
-    drawn["key"] = drawn["key"] * torch.linspace(0.1, 12, case.Lk, dtype=dtype)[:, None]
-    hold_against_torch(case, dtype, drawn)
+    hold_against_torch(case, dtype, torch.linspace(0.1, 12, case.Lk, dtype=dtype)[:, None])
 
 
-def hold_against_torch(case: Case, dtype: torch.dtype, drawn: dict) -> None:
-    grad_output = torch.randn(case.B, case.H, case.Lq, case.Dv or case.D).to(dtype)
-    grad_lse = torch.randn(case.B, case.H, case.Lq, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    got = run(ours, case, drawn, grad_output, grad_lse)
-    eager = run(in_eager, case, drawn, grad_output, grad_lse)
-    truth = run(in_torch, case, double(drawn), grad_output.double(), grad_lse.double())
-    assert got.keys() == truth.keys()
-    for name in truth:
+def hold_against_torch(case: Case, dtype: torch.dtype, key_scale: Tensor | float = 1.0) -> None:
+    """Over several draws together where o or a gradient has few elements, whose greatest error can be small by eager's
+    luck: of 192 outputs of one draw in 40 it was a seventh of ours, of them all it was as large."""
+    queries, keys, width = case.H * case.Lq, (case.Hkv or case.H) * case.Lk, min(case.D, case.Dv or case.D)
+    results = []
+    for seed in range(max(1, 4000 // (case.B * min(queries, keys) * width))):
+        torch.manual_seed(seed)
+        drawn = draw(case, dtype)
+        drawn["key"] = drawn["key"] * key_scale
+        grad_output = torch.randn(case.B, case.H, case.Lq, case.Dv or case.D).to(dtype)
+        grad_lse = torch.randn(case.B, case.H, case.Lq, dtype=torch.promote_types(dtype, torch.float32))
+        got = run(ours, case, drawn, grad_output, grad_lse)
+        eager = run(in_eager, case, drawn, grad_output, grad_lse)
+        truth = run(in_torch, case, double(drawn), grad_output.double(), grad_lse.double())
+        assert got.keys() == truth.keys()
+        results.append((got, eager, truth))
+    for name in results[0][-1]:
         if name == "dmask" and case.mask == "float ":
             continue  # one sum of all scores' gradients, which cancel: judged below
-        assert_close(name, got[name], eager[name], truth[name])
+        assert_close(name, *(torch.stack([of[name] for of in each]) for each in zip(*results)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -333,9 +333,13 @@ def test_fold(kind, bias, options, library):
     largest = exact.abs().max().item()
     torch.testing.assert_close(folded(conv, bn)(x), exact, rtol=0, atol=1e-14 * largest)
 
-    conv, bn, x = conv.float(), bn.float(), x.float()
-    exact = copy.deepcopy(bn).double()(copy.deepcopy(conv).double()(x.double()))
-    assert_close("y", folded(conv, bn)(x), bn(conv(x)), exact)
+    exact = [copy.deepcopy(layer) for layer in (conv, bn)]
+    conv, bn = conv.float(), bn.float()
+    for one, other in zip(exact, (conv, bn)):
+        one.load_state_dict(other.state_dict())  # rounded, as theirs
+    draws = torch.randn(10, *shape)
+    through = [torch.stack([f(x) for x in draws]) for f in (folded(conv, bn), lambda x: bn(conv(x)))]
+    assert_close("y", *through, torch.stack([exact[1](exact[0](x.double())) for x in draws]))
 
 
 def test_fold_is_differentiable_by_every_parameter():

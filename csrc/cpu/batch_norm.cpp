@@ -23,7 +23,18 @@ using OptionalTensor = std::optional<Tensor>;
 const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // Whether memory holds nothing but the elements, in the order that kernels walk them.
-bool is_dense(const Tensor& t, bool rows) { return rows ? t.movedim(1, -1).is_contiguous() : t.is_contiguous(); }
+bool is_dense(const Tensor& t, bool rows) {
+  if (!rows) return t.is_contiguous();
+  int64_t step = 1;
+  const auto follows = [&](int64_t dim) {
+    const bool fits = t.size(dim) == 1 || t.stride(dim) == step;
+    step *= t.size(dim);
+    return fits;
+  };
+  bool dense = follows(1);
+  for (int64_t dim = t.dim() - 1; dim > 1; dim--) dense = follows(dim) && dense;
+  return follows(0) && dense;
+}
 
 // Rows of C channels, or planes: see fastarch/ops/batch_norm.py.
 bool is_rows(const Tensor& x) {
@@ -153,8 +164,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor& input, c
     kernel.apply(p, x.const_data_ptr(), data(r), memory.data_ptr(), y.data_ptr(), bits, n, c);
   };
   const int64_t statistics = given_mean ? 0 : p.C;
-  const Tensor mean = at::zeros({statistics}, options), var = at::zeros({statistics}, options);
-  if (x.numel() == 0) return {y, mean, var, mask};
+  const Tensor mean = at::empty({statistics}, options), var = at::empty({statistics}, options);
+  if (x.numel() == 0) return {y, mean.zero_(), var.zero_(), mask};
   if (given_mean) {
     const OptionalTensor m = contiguous(given_mean), v = contiguous(given_var);
     kernel.constants(p, affine, data(m), data(v), {0, p.C}, memory.data_ptr());

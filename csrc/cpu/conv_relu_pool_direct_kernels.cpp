@@ -12,8 +12,8 @@ namespace {
 
 constexpr int64_t TILE_BYTES = 768 << 10;  // of input in one band: most of a 1 MB second-level cache
 constexpr int64_t PART_TERMS = 512;        // of a sum that are added up in one chain
-// Positions of a block of V vectors. One vector leaves registers for 12, and with fewer than 8 sums wait for themselves:
-// lenet_c1 763 -> 631 us on one core with AVX2.
+// Positions of a block of V vectors. One vector leaves registers for 12, and with fewer than 8 sums wait for
+// themselves: lenet_c1 763 -> 631 us on one core with AVX2.
 template <int V>
 constexpr int BLOCK_ROWS = V == 1 ? 12 : PRODUCT_ROWS;
 constexpr int64_t LONG_RUN = 7;  // taps (s) from which planes are faster: at 5 they took 15 % more, at 7 5 % less

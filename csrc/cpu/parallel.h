@@ -47,7 +47,12 @@ void parallel(int64_t tasks, int64_t scratch_bytes, double operations, const Tas
   constexpr double WORTH_A_REGION = IF_WORTH_IT * 1e6;  // waking a core takes about as long as this many operations
   const int64_t workers = operations < WORTH_A_REGION ? 1 : std::min<int64_t>(tasks, threads());
   const int64_t stride = (scratch_bytes + 63) / 64 * 64;
-  const at::Tensor scratch = at::empty({workers * stride}, at::kByte);
+  const at::Tensor scratch = stride > 0 ? at::empty({workers * stride}, at::kByte) : at::Tensor();
+  uint8_t* const memory = stride > 0 ? scratch.data_ptr<uint8_t>() : nullptr;
+  if (workers == 1) {
+    for (int64_t i = 0; i < tasks; i++) task(i, memory);
+    return;
+  }
   struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;
@@ -61,7 +66,7 @@ void parallel(int64_t tasks, int64_t scratch_bytes, double operations, const Tas
     for (int64_t worker = begin; worker < end; worker++) {
       for (int64_t k = 0; k < workers; k++) {
         Share& share = shares[(worker + k) % workers];
-        for (int64_t i; (i = share.next++) < share.end;) task(i, scratch.data_ptr<uint8_t>() + worker * stride);
+        for (int64_t i; (i = share.next++) < share.end;) task(i, memory + worker * stride);
       }
     }
   });

@@ -354,7 +354,7 @@ def scaled_dot_product_attention(
         k, v = broadcast((q, k, v), (0,))[1:]
         if k.shape[1] != v.shape[1]:
             raise error(SDPA, "as many heads of key as of value", shapes_of(query, key, value))
-    else:
+    elif not q.shape[:2] == k.shape[:2] == v.shape[:2]:
         q, k, v = broadcast((q, k, v), (0, 1))
     if attn_mask is not None:
         check_mask(q, k, attn_mask)

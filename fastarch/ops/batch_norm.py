@@ -243,19 +243,13 @@ def check(input, running_mean, running_var, weight, bias, training, momentum, ep
         raise TypeError(f"batch_norm: want input as a floating tensor, got {came}")
     if input.dim() < 2:
         raise error("input [N, C, ...]", [*input.shape])
-    per_channel = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for what, t in (per_channel | {"residual": residual}).items():
-        if t is None:
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"batch_norm: want {what} as a tensor or None, got {type(t).__name__}")
-        shape, dtypes = input.shape[1:2], (input.dtype, statistics_dtype(input.dtype))
-        if what == "residual":
-            shape, dtypes = input.shape, (input.dtype,)
-        if t.dtype not in dtypes or t.device != input.device:
-            raise TypeError(f"batch_norm: input is {input.dtype} on {input.device}, {what} is {t.dtype} on {t.device}")
-        if t.shape != shape:
-            raise error(f"{what} {[*shape]} for input {[*input.shape]}", [*t.shape])
+    of_channels = (statistics_dtype(input.dtype), input.dtype), input.shape[1:2]
+    given = ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)
+    for what, t in given:
+        if t is not None:
+            check_beside(what, t, input, *of_channels)
+    if residual is not None:
+        check_beside("residual", residual, input, (input.dtype,), input.shape)
     if not isinstance(momentum, (numbers.Real, Tensor)):
         raise TypeError(f"batch_norm: want momentum as a number or a tensor, got {type(momentum).__name__}")
     if eps < 0 or (training and eps == 0):
@@ -266,6 +260,15 @@ def check(input, running_mean, running_var, weight, bias, training, momentum, ep
         raise error("both running_mean and running_var, or neither", "one of them")
     if not training and running_mean is None:
         raise error("running_mean and running_var when not training", "neither")
+
+
+def check_beside(what: str, t, input: Tensor, dtypes: tuple[torch.dtype, ...], shape: torch.Size) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"batch_norm: want {what} as a tensor or None, got {type(t).__name__}")
+    if t.dtype not in dtypes or t.device != input.device:
+        raise TypeError(f"batch_norm: input is {input.dtype} on {input.device}, {what} is {t.dtype} on {t.device}")
+    if t.shape != shape:
+        raise error(f"{what} {[*shape]} for input {[*input.shape]}", [*t.shape])
 
 
 def error(wanted: str, came) -> ValueError:
