@@ -6,11 +6,12 @@
 #   make bench-check  a short set against what this machine recorded, in two minutes: is anything slower?
 #   make lint        formats and static checks
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer; ISAS=avx2: only those
+#   make sanitize-cuda  the same of the CUDA kernels, executed on the CPU
 #   make races       the C++ kernels under ThreadSanitizer
 #   make emulate     on processors without AVX-512, AVX2 and AVX, and on aarch64, by Debian's qemu-user
 #   make every-gpu   every one of Triton's kernels compiled for every GPU
 #   make fuzz        2000 examples a fuzz test
-#   make nightly     the five above, which take too long for CI; how they last went is in .ci/nightly.md
+#   make nightly     the six above, which take too long for CI; how they last went is in .ci/nightly.md
 #   make cuda-build  compile and link the CUDA extension, without a GPU
 #   make gpu         with the system's python3: build in place; tests, tiles, benchmarks on its GPU, 9 minutes a time
 #   make docs        the pages of docs/, in site/
@@ -30,7 +31,7 @@ PEERS := onnx onnxruntime onnxscript openvino
 # `kernels/` and `fastarch/` must be found where they are installed, never because of the current directory
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test bench bench-check lint sanitize races emulate every-gpu fuzz nightly cuda-build gpu docs wheel clean
+.PHONY: demo test bench bench-check lint sanitize sanitize-cuda races emulate every-gpu fuzz nightly cuda-build gpu docs wheel clean
 
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -78,6 +79,9 @@ sanitize: $(READY)
 	  $(BIN)/pytest --capture=sys $(CPU_TESTS) -k "fuzz or exact or nonsense" $(ARGS) || exit 1; \
 	done
 
+sanitize-cuda: $(READY)
+	$(SIDE_BY_SIDE) -m sanitized $(wildcard tests/test_*cuda_on_cpu.py) $(ARGS)
+
 # Workers are threads that ThreadSanitizer sees, torch's own operations have one (csrc/cpu/parallel.h). It wants memory
 # where it expects it: setarch --addr-no-randomize.
 THREADED := build/races
@@ -97,7 +101,7 @@ every-gpu: $(READY)
 fuzz: $(READY)
 	FASTARCH_FUZZ_EXAMPLES=2000 $(SIDE_BY_SIDE) $(wildcard tests/test_*_fuzz.py) $(ARGS)
 
-NIGHTLY ?= sanitize races emulate every-gpu fuzz
+NIGHTLY ?= sanitize sanitize-cuda races emulate every-gpu fuzz
 nightly: $(READY)
 	$(BIN)/python .ci/nightly.py $(NIGHTLY)
 

@@ -287,7 +287,7 @@ def test_errors():
 
 
 @pytest.mark.skipif(SANITIZE, reason="this is the sanitized run")
-@pytest.mark.slow
+@pytest.mark.sanitized
 def test_sanitized():
     """Some of the tests above under AddressSanitizer and UndefinedBehaviorSanitizer."""
     chosen = "(values and bfloat16) or layouts or pixels or (devices and 1-48)"

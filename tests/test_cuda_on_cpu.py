@@ -337,7 +337,7 @@ def test_errors():
 
 
 @pytest.mark.skipif(SANITIZE, reason="this is the sanitized run")
-@pytest.mark.slow
+@pytest.mark.sanitized
 def test_sanitized():
     """The tests above under AddressSanitizer and UndefinedBehaviorSanitizer, float32 for the values."""
     chosen = "not (float64 or float16 or shim or 32_bits or order or descending or (values and many))"

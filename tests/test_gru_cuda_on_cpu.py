@@ -199,5 +199,6 @@ def test_nonsense_in_direct_calls_raises():
 
 
 @pytest.mark.skipif(SANITIZE, reason="it is sanitized already")
+@pytest.mark.sanitized
 def test_sanitized():
     build.run_sanitized(__file__, "(values and T7) or nonsense or not_wanted")

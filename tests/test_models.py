@@ -355,13 +355,15 @@ def test_an_empty_batch(network, images, output):
 
 @pytest.mark.parametrize("name", [*SMALL, *RECURRENT, "resnet18"], indirect=True)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))], ids=["deepcopy", "pickle"])
-def test_copies_are_equal_and_independent(network, images, output, copied):
+def test_copies_are_equal_and_independent(name, network, images, output, copied):
+    # torch's own LSTM is oneDNN's, whose rounding depends on where memory begins (seen on an AVX2 EPYC)
+    equal = torch.allclose if name == "lstm_classifier" else torch.equal
     other = copied(network)
-    assert torch.equal(other(images), output)
+    assert equal(other(images), output)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    assert torch.equal(network(images), output)
+    assert equal(network(images), output)
     assert not other(images).any()
 
 

@@ -56,7 +56,7 @@ __attribute__((noinline)) void multiply_block(bool add, const T* x, int64_t step
   for (int64_t begin = 0; begin < n; begin += CHAIN, add = true) {
     Vec<T> acc[SUMS][P][V] = {};
     const int64_t end = least(begin + CHAIN, n);
-    const auto add_term = [&](Vec<T>(&acc)[P][V], int64_t i) FASTARCH_INLINED {
+    const auto add_term = [&](Vec<T>(&into)[P][V], int64_t i) FASTARCH_INLINED {
       Vec<T> factor[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) factor[v] = load(w + i * PANEL<T> + v * LANES<T>);
@@ -64,7 +64,7 @@ __attribute__((noinline)) void multiply_block(bool add, const T* x, int64_t step
       for (int p = 0; p < P; p++) {
         const T one = ACROSS ? x[i * step + p] : x[p * step + i];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; v++) acc[p][v] += factor[v] * one;
+        for (int v = 0; v < V; v++) into[p][v] += factor[v] * one;
       }
     };
     int64_t i = begin;
