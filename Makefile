@@ -31,7 +31,8 @@ PEERS := onnx onnxruntime onnxscript openvino
 # `kernels/` and `fastarch/` must be found where they are installed, never because of the current directory
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test bench bench-check lint sanitize sanitize-cuda races emulate every-gpu fuzz nightly cuda-build gpu docs wheel clean
+.PHONY: demo test bench bench-check lint sanitize sanitize-cuda races emulate every-gpu fuzz nightly cuda-build gpu \
+  docs wheel clean
 
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv .venv

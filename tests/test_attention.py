@@ -28,7 +28,7 @@ def test_scores_that_rise_from_tile_to_tile(case, dtype):
 
 def hold_against_torch(case: Case, dtype: torch.dtype, key_scale: Tensor | float = 1.0) -> None:
     """Over several draws together where o or a gradient has few elements, whose greatest error can be small by eager's
-    luck: of 192 outputs of one draw in 40 it was a seventh of ours, of them all it was as large."""
+    luck: of 192 outputs it was a seventh of ours in one draw of 40."""
     queries, keys, width = case.H * case.Lq, (case.Hkv or case.H) * case.Lk, min(case.D, case.Dv or case.D)
     results = []
     for seed in range(min(40, max(1, 4000 // (case.B * min(queries, keys) * width)))):

@@ -286,7 +286,6 @@ def test_errors():
             call()
 
 
-@pytest.mark.skipif(SANITIZE, reason="this is the sanitized run")
 @pytest.mark.sanitized
 def test_sanitized():
     """Some of the tests above under AddressSanitizer and UndefinedBehaviorSanitizer."""

@@ -336,7 +336,6 @@ def test_errors():
             call()
 
 
-@pytest.mark.skipif(SANITIZE, reason="this is the sanitized run")
 @pytest.mark.sanitized
 def test_sanitized():
     """The tests above under AddressSanitizer and UndefinedBehaviorSanitizer, float32 for the values."""

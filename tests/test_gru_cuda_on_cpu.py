@@ -198,7 +198,6 @@ def test_nonsense_in_direct_calls_raises():
         torch.ops.fastarch.gru_persistent_fwd(*(drawn[name] for name in INPUTS), False, False, True, False)
 
 
-@pytest.mark.skipif(SANITIZE, reason="it is sanitized already")
 @pytest.mark.sanitized
 def test_sanitized():
     build.run_sanitized(__file__, "(values and T7) or nonsense or not_wanted")
