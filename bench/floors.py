@@ -103,8 +103,10 @@ def machine(device: torch.device) -> dict[str, str | int | list[str]]:
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     names = re.findall(r"model name\s*: (.*)", text)
     flags = set(" ".join(re.findall(r"(?:flags|Features)\s*: (.*)", text)[:1]).split())
+    family, model = (re.findall(rf"{name}\s*: (\d+)", text)[:1] for name in ("cpu family", r"\bmodel"))
     return {
         "device": names[0] if names else platform.machine(),
+        "model": "-".join(family + model),
         "threads": torch.get_num_threads(),
         "isa": extension.isa,
         "flags": [flag for flag in FLAGS if flag in flags],

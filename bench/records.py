@@ -20,15 +20,17 @@ REFERENCE = "eager"  # what the same module of torch's layers does: present in e
 
 
 def title(machine: dict) -> str:
-    """The device, and of a CPU what else tells it apart: clouds call several generations "AMD EPYC"."""
+    """The device, and of a CPU what else tells it apart: clouds call three generations "AMD EPYC", two with AVX-512."""
     parts = [machine["device"]]
+    if machine.get("model"):
+        parts += [f"model {machine['model']}"]
     if "threads" in machine:
         parts += [machine["isa"] or "no kernels", f"{machine['threads']} threads"]
     return ", ".join(parts)
 
 
 def slug(machine: dict) -> str:
-    """The title as a folder, such as amd_epyc_avx512_2_threads."""
+    """The title as a folder, such as amd_epyc_model_25_17_avx512_2_threads."""
     return re.sub(r"\W+", "_", re.sub(r"\((R|TM)\)", "", title(machine)).lower()).strip("_")
 
 

@@ -76,7 +76,7 @@ def test_rounds_are_kept(three_peers, monkeypatch):
 @pytest.mark.parametrize(
     ("machine", "slug"),
     [
-        ({"device": "AMD EPYC", "isa": "avx2", "threads": 2}, "amd_epyc_avx2_2_threads"),
+        ({"device": "AMD EPYC", "model": "25-17", "isa": "avx2", "threads": 2}, "amd_epyc_model_25_17_avx2_2_threads"),
         (
             {"device": "Intel(R) Core(TM) i7-1260P", "isa": "generic", "threads": 12},
             "intel_core_i7_1260p_generic_12_threads",
