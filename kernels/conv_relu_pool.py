@@ -190,7 +190,7 @@ def conv_relu_pool_bwd(
     want_input, want_weight, want_bias = output_mask
     sizes = sizes_of(geometry, input, weight)
     if sizes.n == 0:
-        grads = empty(input.shape, input), weight.new_zeros(weight.shape), weight.new_zeros(weight.shape[0])
+        grads = empty(input.shape, input), empty(weight.shape, weight).zero_(), weight.new_zeros(weight.shape[0])
         return tuple(g if want else g.new_empty(0) for g, want in zip(grads, (want_input, want_weight, want_bias)))
 
     # a gradient comes with any strides; laid out as the index, it shares the index's offsets and vectors of channels
@@ -247,7 +247,7 @@ def implicit_gemm_bwd(grad_output, input, weight, index, geometry, sizes, want_i
             index.stride(), input.stride(),
             **constants, BLOCK_K=tile.k, **options(tile),
         )  # fmt: skip
-        grad_weight = weight.new_empty(weight.shape).copy_(partial.sum(0).permute(0, 3, 1, 2))
+        grad_weight = empty(weight.shape, weight).copy_(partial.sum(0).permute(0, 3, 1, 2))
     return grad_input, grad_weight
 
 
@@ -297,7 +297,7 @@ def library_bwd(grad_output, input, weight, index, geometry, sizes, want_input, 
         )
     return (
         laid_out(grad_input, empty(input.shape, input)) if want_input else input.new_empty(0),
-        laid_out(grad_weight, weight.new_empty(weight.shape)) if want_weight else weight.new_empty(0),
+        laid_out(grad_weight, empty(weight.shape, weight)) if want_weight else weight.new_empty(0),
     )
 
 

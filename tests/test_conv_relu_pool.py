@@ -59,18 +59,21 @@ def served() -> list[tuple[Case, str]]:
     return pairs
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize(("case", "algorithm"), served())
-def test_integers_are_exact(case, algorithm):
+def test_integers_are_exact(case, algorithm, layout):
     """On small integers every sum is exact, so results are equal to the last bit; ties are frequent."""
     x, _, b = (None if t is None else (2 * t).round() for t in draw(case, torch.float32))
     # 81: the filter transform for four taps divides by 4.5 and 9, twice; 12: averages divide by 2, 3, 4 and 6
     w, b = 81 * torch.randint(-2, 3, case.w).float(), None if b is None else 81 * b
+    w = w.contiguous(memory_format=layout)
     geometry = geometry_of(case)
     y, index = op.fwd(x, 12 * w, None if b is None else 12 * b, *geometry, algorithm, True)
     want = reference_of(geometry)(x, 12 * w, None if b is None else 12 * b)
     assert torch.equal(y, want)
     grad_output = 12 * torch.randint_like(y, -2, 3)
     got = dict(zip(("dx", "dw", "db"), op.bwd(grad_output, x, w, index, *geometry, algorithm, [True] * 3)))
+    assert op.memory_format(got["dw"]) is op.memory_format(w)
     want = run(reference_of(geometry), (x, w, b), grad_output)
     for name in got.keys() & want.keys():
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=0, msg=named(name))
@@ -221,6 +224,7 @@ def test_second_derivative_is_not_lost():
 def test_opcheck(save_index, channels_last):
     for case in (LENET, VGG, CASES[11]):
         x, w, b = draw(case, torch.float32, channels_last)
+        w = w.contiguous(memory_format=torch.channels_last) if channels_last else w
         geometry = geometry_of(case)
         algorithm = plan_of(case).route.kernel
         torch.library.opcheck(op.fwd, (x, w, b, *geometry, algorithm, save_index))
@@ -311,7 +315,10 @@ def test_reference_context_and_routes():
         (CASES[10], "polyphase"),
         (Case((1, 16, 8, 8), (16, 1, 3, 3), {"groups": 16}), "library"),
         (Case((1, 200, 8, 8), (16, 200, 3, 3), {"dilation": 2}), "library"),
-        (Case((1, 512, 6, 6), (8, 512, 3, 3), {}), "direct"),
+        (Case((1, 512, 6, 6), (8, 512, 3, 3), {}), "winograd"),
+        (Case((1, 512, 9, 9), (8, 512, 3, 3), {"stride": 2}), "direct"),
+        (Case((1, 512, 4, 4), (32, 512, 1, 1), {}), "library"),
+        (Case((1, 512, 5, 5), (32, 512, 1, 1), {}), "direct"),
         (Case((1, 2, 3000, 3000), (1, 2, 3, 3), {"dilation": 1000}), "reference"),
     ],
     ids=str,

@@ -15,7 +15,7 @@ EXAMPLES = int(os.environ.get("FASTARCH_FUZZ_EXAMPLES", "150"))
 
 @st.composite
 def problems(draw):
-    """Shapes of x and w, options, whether there is a bias, layout, dtype and seed."""
+    """Shapes of x and w, options, whether there is a bias, layouts of x and w, dtype and seed."""
 
     def pair(low: int, high: int) -> tuple[int, int]:
         return draw(st.tuples(st.integers(low, high), st.integers(low, high)))
@@ -42,13 +42,13 @@ def problems(draw):
     options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, pool=pool)
     options |= dict(pool_size=pool_size, pool_stride=pool_stride, pool_padding=pool_padding)
     options |= dict(ceil_mode=pool == "max" and draw(st.booleans()))  # an average that overhangs may divide by 3
-    layout = draw(st.sampled_from(["contiguous", "channels_last", "sliced"]))
+    layouts = [draw(st.sampled_from(["contiguous", "channels_last", "sliced"])) for _ in range(2)]
     return (
         x,
         w,
         options,
         draw(st.booleans()),
-        layout,
+        layouts,
         draw(st.sampled_from([torch.float32, torch.float64])),
         draw(st.integers(0, 2**32)),
     )
@@ -63,14 +63,18 @@ def laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_results_are_exact(problem):
-    x_shape, w_shape, options, has_bias, layout, dtype, seed = problem
+    x_shape, w_shape, options, has_bias, (layout, w_layout), dtype, seed = problem
     torch.manual_seed(seed)
 
     def integers(shape, multiple: int) -> torch.Tensor:
         return multiple * torch.randint(-1, 2, shape).to(dtype)
 
     # multiples that averages over 8 and the filter transform of four taps, over 81, divide without a rest
-    x, w, b = laid_out(integers(x_shape, 1), layout), integers(w_shape, 648), integers(w_shape[:1], 648)
+    x, w, b = (
+        laid_out(integers(x_shape, 1), layout),
+        laid_out(integers(w_shape, 648), w_layout),
+        integers(w_shape[:1], 648),
+    )
     b = b if has_bias else None
     try:
         plan = op.make_plan("cpu", dtype, x.shape, w.shape, **options)

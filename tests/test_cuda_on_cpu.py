@@ -200,7 +200,7 @@ def test_layouts(name, layout, grad_layout):
     assert all(torch.equal(a, e) for a, e in zip(got, want))
     for t in got[:3]:
         assert t.is_contiguous(memory_format=memory_format(x))
-    assert got[3].is_contiguous()
+    assert got[3].is_contiguous(memory_format=memory_format(w))
 
 
 def test_expanded():

@@ -41,6 +41,12 @@ int64_t pooled_size(int64_t n, int64_t size, int64_t stride, int64_t padding, bo
   return ceil_mode && (windows - 1) * stride >= n + padding ? windows - 1 : windows;
 }
 
+// Of output and gradients: channels_last where the tensor is laid out so and is not contiguous as well.
+at::MemoryFormat memory_format(const Tensor& t) {
+  const bool channels_last = t.is_contiguous(at::MemoryFormat::ChannelsLast) && !t.is_contiguous();
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
 Strides4 strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
 // The public function in Python explains bad arguments; these checks keep a direct call of the operation in bounds.
@@ -78,6 +84,9 @@ ConvReluPool problem(const Tensor& x, const Tensor& weight, const Geometry& g) {
   p.pool_stride_w = g.pool_stride[1];
   p.pool_padding_h = g.pool_padding[0], p.pool_padding_w = g.pool_padding[1];
   p.average = average;
+  const int64_t taps = p.R * p.S;
+  p.w = memory_format(weight) == at::MemoryFormat::ChannelsLast ? FilterStrides{p.C * taps, 1, p.C}
+                                                                : FilterStrides{p.C * taps, taps, 1};
   p.OH = conv_size(p.H, p.R, p.stride_h, p.padding_h, p.dilation_h);
   p.OW = conv_size(p.W, p.S, p.stride_w, p.padding_w, p.dilation_w);
   p.PH = pooled_size(p.OH, p.pool_h, p.pool_stride_h, p.pool_padding_h, g.ceil_mode);
@@ -86,12 +95,6 @@ ConvReluPool problem(const Tensor& x, const Tensor& weight, const Geometry& g) {
                     weight.sizes(), " leave nothing to compute");
   p.threads = at::get_num_threads();
   return p;
-}
-
-// The memory format of output and gradient: channels_last where the input is laid out so and is not contiguous as well.
-at::MemoryFormat memory_format(const Tensor& x) {
-  const bool channels_last = x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
-  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
 double operations(const ConvReluPool& p) { return 2.0 * p.N * p.G * p.K * p.OH * p.OW * p.C * p.R * p.S; }
@@ -136,7 +139,7 @@ std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& wei
   if (save_index) p.index = strides_of(index);
   if (y.numel() == 0) return {y, index};
   uint8_t* at = save_index ? index.data_ptr<uint8_t>() : nullptr;
-  const Tensor filters = weight.contiguous();
+  const Tensor filters = weight.contiguous(memory_format(weight));
   const Tensor b = bias ? bias->contiguous() : Tensor();
 
   if (algorithm == "library") {
@@ -177,11 +180,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Te
   TORCH_CHECK_TYPE(dy.scalar_type() == x.scalar_type() && index.scalar_type() == at::kByte, "conv_relu_pool: input is ",
                    x.scalar_type(), ", grad_output is ", dy.scalar_type(), ", index is ", index.scalar_type());
   const auto [want_x, want_weight, want_bias] = wanted;
-  const auto gradient = [&](bool want, IntArrayRef sizes, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  const auto gradient = [&](bool want, IntArrayRef sizes, at::MemoryFormat format) {
     return want ? fresh(sizes, format, x.options()) : at::empty({0}, x.options());
   };
   const Tensor dx = gradient(want_x, x.sizes(), memory_format(x));
-  const Tensor dw = gradient(want_weight, weight.sizes()), db = gradient(want_bias, {weight.size(0)});
+  const Tensor dw = gradient(want_weight, weight.sizes(), memory_format(weight));  // autograd would copy it into that
+  const Tensor db = gradient(want_bias, {weight.size(0)}, at::MemoryFormat::Contiguous);
   if (dy.numel() == 0) return {dx, dw.zero_(), db.zero_()};
   p.y = strides_of(dy), p.index = strides_of(index);
 
@@ -201,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Te
   if (want_x) {
     p.x = strides_of(dx);
     const ConvReluPoolBwdInput& kernel = FASTARCH_SELECT(conv_relu_pool_bwd_input).of[type];
-    const Tensor filters = weight.contiguous();
+    const Tensor filters = weight.contiguous(memory_format(weight));
     const Tensor packed = workspace(kernel.packed_bytes(p));
     parallel(kernel.pack_tasks(p), 0, 16.0 * weight.numel(),
              [&](int64_t task, void*) { kernel.pack(p, filters.const_data_ptr(), packed.data_ptr(), task); });

@@ -10,6 +10,11 @@ struct Strides4 {
   int64_t n, c, h, w;
 };
 
+// Of filters w [k][c][tap], tap = r * S + s, dense, with their taps or their channels side by side; also of dw.
+struct FilterStrides {
+  int64_t k, c, tap;
+};
+
 // y = pool(relu(conv2d(x, w) + b)), group by group. All extents and strides count elements.
 struct ConvReluPool {
   int64_t N, G;            // batch, groups
@@ -20,7 +25,8 @@ struct ConvReluPool {
   int64_t pool_h, pool_w, pool_stride_h, pool_stride_w, pool_padding_h, pool_padding_w;
   bool average;
   Strides4 x, y, index;  // of the input or its gradient, of the output or its gradient, of the index
-  int64_t threads;       // for how many the work is to be cut; no result depends on it
+  FilterStrides w;
+  int64_t threads;  // for how many the work is to be cut; no result depends on it
 };
 
 constexpr int CUT = 255;         // the index of a max window that ReLU cut off
@@ -42,7 +48,7 @@ struct ConvReluPoolFwds {
   ConvReluPoolFwd of[ELEMENT_TYPES];
 };
 
-// The gradients of weight and bias: all tasks, then finish for each of the G * K output channels. dw is contiguous.
+// The gradients of weight and bias: all tasks, then finish for each of the G * K output channels.
 struct ConvReluPoolBwdWeight {
   int64_t (*sums_bytes)(const ConvReluPool&);
   int64_t (*scratch_bytes)(const ConvReluPool&);

@@ -61,15 +61,14 @@ struct BwdInput {
   static void pack(const ConvReluPool& p, const void* weight, void* packed, int64_t task) {
     const Patch patch(p, L, 1);
     const int64_t group = task / p.K, k = task % p.K;
-    const Storage* from = static_cast<const Storage*>(weight) + task * p.C * p.R * p.S;  // [c][r][s]
+    const Storage* from = static_cast<const Storage*>(weight) + task * p.w.k;
     for (int64_t block = 0; block < patch.blocks; block++) {
       T* to = static_cast<T*>(packed) + ((group * patch.blocks + block) * p.K + k) * patch.elements(L);
       memset(to, 0, patch.elements(L) * sizeof(T));
-      for (int64_t c = block * patch.channels; c < least((block + 1) * patch.channels, p.C); c++) {
-        for (int64_t tap = 0; tap < p.R * p.S; tap++) {
-          to[patch.place(p, c, tap, L)] = Convert<T, Storage>::from(from[c * p.R * p.S + tap]);
-        }
-      }
+      const int64_t c0 = block * patch.channels, live = least(patch.channels, p.C - c0);
+      patch.each_row(p, L, [&](int64_t place, int64_t step, int64_t tap, int64_t taps) {
+        copy_block(to + place, {step, 1}, from + c0 * p.w.c + tap * p.w.tap, {p.w.tap, p.w.c}, taps, live);
+      });
     }
   }
 

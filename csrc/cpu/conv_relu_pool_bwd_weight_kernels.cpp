@@ -196,12 +196,13 @@ struct BwdWeight {
       const T* part = total + chunk * p.G * p.K * plan.filter_sums;
       for (int64_t i = 0; i < plan.filter_sums; i += L) store(total + i, load(total + i) + load(part + i));
     }
-    Storage* to = static_cast<Storage*>(dw) + task * p.C * p.R * p.S;  // [c][r][s]
-    for (int64_t c = 0; dw && c < p.C; c++) {
-      const T* block = total + c / patch.channels * patch.elements(L);
-      for (int64_t tap = 0; tap < p.R * p.S; tap++) {
-        to[c * p.R * p.S + tap] = Convert<Storage, T>::from(block[patch.place(p, c, tap, L)]);
-      }
+    Storage* to = static_cast<Storage*>(dw) + task * p.w.k;
+    for (int64_t block = 0; dw && block < patch.blocks; block++) {
+      const T* from = total + block * patch.elements(L);
+      const int64_t c0 = block * patch.channels, live = least(patch.channels, p.C - c0);
+      patch.each_row(p, L, [&](int64_t place, int64_t step, int64_t tap, int64_t taps) {
+        copy_block(to + c0 * p.w.c + tap * p.w.tap, {p.w.tap, p.w.c}, from + place, {step, 1}, taps, live);
+      });
     }
     if (db) {
       T sum = 0;

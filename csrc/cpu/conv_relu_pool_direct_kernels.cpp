@@ -61,18 +61,29 @@ struct Direct {
     const Layout layout(p);
     const int64_t group = task / vectors(p), vector = task % vectors(p), k0 = vector * L, live = least(L, p.K - k0);
     T* filters = static_cast<T*>(packed) + group * group_elements(p);
-    const Storage* from = static_cast<const Storage*>(weight) + (group * p.K + k0) * taps(p);  // [k][c][r][s]
+    const Storage* from = static_cast<const Storage*>(weight) + (group * p.K + k0) * p.w.k;
     T* to = filters + k0 * taps(p);
     T* b = filters + vectors(p) * L * taps(p) + k0;
-    if (live < L) memset(to, 0, taps(p) * L * sizeof(T));
+    // A run of each filter's terms, transposed, then one by one to where the walk meets it. Tap by tap the filters of a
+    // 1x1 convolution of 2048 channels took 1.3 of its 2.8 ms with 49 places.
+    constexpr int64_t RUN = 4 * L;
+    T run[RUN * L] = {};
+    const bool by_taps = p.w.tap == 1;  // lie side by side, else channels do
+    const int64_t inner_size = by_taps ? p.R * p.S : p.C;
+    int64_t outer = 0, inner = 0;
+    for (int64_t begin = 0; begin < taps(p); begin += RUN) {
+      const int64_t n = least(RUN, taps(p) - begin);
+      for (int64_t image = 0; image < images(p); image++)
+        copy_block(run + image, {L, images(p)}, from + begin, {1, p.w.k}, n, live);
+      for (int64_t i = 0; i < n; i++) {
+        const int64_t c = by_taps ? outer : inner, tap = by_taps ? inner : outer;
+        store(to + (tap / p.S * layout.tap_row + tap % p.S * layout.tap + c * layout.tap_channel) * L,
+              load(run + i * L));
+        if (++inner == inner_size) inner = 0, outer++;
+      }
+    }
     memset(b, 0, L * sizeof(T));
     for (int64_t image = 0; image < images(p); image++) {
-      for (int64_t c = 0; c < p.C; c++) {
-        for (int64_t r = 0; r < p.R; r++) {
-          copy_block(to + (r * layout.tap_row + c * layout.tap_channel) * L + image, {layout.tap * L, images(p)},
-                     from + (c * p.R + r) * p.S, {1, taps(p)}, p.S, live);
-        }
-      }
       if (bias)
         copy_block(b + image, {L, images(p)}, static_cast<const Storage*>(bias) + group * p.K + k0, {L, 1}, 1, live);
     }

@@ -31,10 +31,12 @@ struct Patch {
 
   FASTARCH_INLINE int64_t elements(int64_t lanes) const { return runs.count * vectors * lanes; }
 
-  // Where channel c's tap r * S + s stands in its block's patch.
-  FASTARCH_INLINE int64_t place(const ConvReluPool& p, int64_t c, int64_t tap, int64_t lanes) const {
-    const int64_t run = runs.rows ? tap / p.S : tap, column = runs.rows ? tap % p.S : 0;
-    return run * vectors * lanes + column * channels + c % channels;
+  // Calls f(place, step, tap, taps): where taps [tap, tap + taps) of a block's first channel stand in its patch, a step
+  // apart; the next channel's stand beside them.
+  template <class F>
+  FASTARCH_INLINE void each_row(const ConvReluPool& p, int64_t lanes, const F& f) const {
+    if (!runs.rows) return f(0, vectors * lanes, 0, p.R * p.S);
+    for (int64_t r = 0; r < p.R; r++) f(r * vectors * lanes, channels, r * p.S, p.S);
   }
 
   // Channels of one block: all if whole rows of them make one run, else `wanted` vectors or what fits into a run.

@@ -42,14 +42,14 @@ struct Polyphase {
   static void pack(const ConvReluPool& p, const void* weight, const void* bias, void* packed, int64_t task) {
     const int64_t group = task / (width(p) / L), k0 = task % (width(p) / L) * L, live = least(L, p.K - k0);
     T* filters = static_cast<T*>(packed) + group * group_elements(p);
-    const Storage* from = static_cast<const Storage*>(weight) + (group * p.K + k0) * p.C * p.R * p.S;  // [k][c][r][s]
+    const Storage* from = static_cast<const Storage*>(weight) + (group * p.K + k0) * p.w.k;
     for (int64_t phase = 0; phase < channels(p); phase++) {
       const int64_t c = phase / (p.stride_h * p.stride_w), a = phase / p.stride_w % p.stride_h, b = phase % p.stride_w;
       T taps[TAPS * TAPS * L] = {};
       for (int64_t r = a; r < p.R; r += p.stride_h) {
         for (int64_t s = b; s < p.S; s += p.stride_w) {
           T* tap = taps + (r / p.stride_h * TAPS + s / p.stride_w) * L;
-          copy_block(tap, {L, 1}, from + (c * p.R + r) * p.S + s, {1, p.C * p.R * p.S}, 1, live);
+          copy_block(tap, {L, 1}, from + c * p.w.c + (r * p.S + s) * p.w.tap, {1, p.w.k}, 1, live);
         }
       }
       Domain::transform_filter(taps, filters + (k0 * POINTS * channels(p)) + channel(p, c, a, b) * L, channels(p) * L);

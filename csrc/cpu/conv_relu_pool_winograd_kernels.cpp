@@ -28,13 +28,15 @@ struct Winograd {
   static void pack(const ConvReluPool& p, const void* weight, const void* bias, void* packed, int64_t task) {
     const int64_t group = task / vectors(p), vector = task % vectors(p), k0 = vector * L, live = least(L, p.K - k0);
     T* group_start = static_cast<T*>(packed) + group * group_elements(p);
-    const Storage* from = static_cast<const Storage*>(weight) + (group * p.K + k0) * p.C * 9;  // [k][c][3][3]
+    const Storage* from = static_cast<const Storage*>(weight) + (group * p.K + k0) * p.w.k;
     T* to = group_start + vector * POINTS * p.C * L;
     constexpr int64_t CHUNK = 16;
     T taps[CHUNK * 9 * L] = {};  // [c][3][3][lane]
     for (int64_t c0 = 0; c0 < p.C; c0 += CHUNK) {
       const int64_t channels = least(CHUNK, p.C - c0);
-      copy_block(taps, {L, 1}, from + c0 * 9, {1, p.C * 9}, channels * 9, live);
+      if (p.w.tap == 1) copy_block(taps, {L, 1}, from + c0 * 9, {1, p.w.k}, channels * 9, live);
+      for (int64_t tap = 0; p.w.tap != 1 && tap < 9; tap++)
+        copy_block(taps + tap * L, {9 * L, 1}, from + tap * p.w.tap + c0, {1, p.w.k}, channels, live);
       for (int64_t c = 0; c < channels; c++) {
         Domain::transform_filter(taps + c * 9 * L, to + (c0 + c) * L, p.C * L);
       }

@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_direct_bwd(
                                         want_bias ? grad_bias.mutable_data_ptr() : nullptr};
     C10_CUDA_CHECK(conv_relu_pool_bwd_weight(args, dtype, stream));
   }
-  return {grad_input, grad_weight, grad_bias};
+  return {grad_input, want_weight ? grad_weight.contiguous(memory_format(weight)) : none, grad_bias};
 }
 
 }  // namespace

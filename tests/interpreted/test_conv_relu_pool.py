@@ -359,7 +359,7 @@ def test_any_strides(view, algorithm):
 def test_results_are_laid_out_as_the_fakes_say(sizes, view, algorithm):
     case = Case(**dict(image=(5, 4)) | sizes)
     x, w, b, _ = draw(case)
-    x = view(x)
+    x, w = view(x), view(w)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in (x, w, b)]
         want = [fwd(*fakes, *case.geometry, algorithm, save) for save in (True, False)]
