@@ -185,6 +185,22 @@ def test_momentum(momentum, dtype):
         torch.testing.assert_close(of_tensor[name], got[name], msg=named(f"{name}, from a tensor"))
 
 
+@pytest.mark.parametrize("momentum", [0, 0.1, 0.7, 1.0, torch.tensor(0.3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_running_statistics_change_where_they_are(dtype, momentum):
+    x = torch.randn(6, 5, 4, dtype=dtype)
+    buffers = torch.rand(2, 5, 2, dtype=dtype)
+    running, before = buffers.clone()[..., 1], buffers[..., 1]
+    versions = [t._version for t in running]
+    batch_norm(x, *running, training=True, momentum=momentum)
+    batch = torch.stack([x.mean((0, 2)), x.var((0, 2))])
+    torch.testing.assert_close(running, before.lerp(batch, torch.as_tensor(momentum).to(dtype)))
+    assert all(t._version > version for t, version in zip(running, versions))
+    assert torch.equal(running._base[..., 0], buffers[..., 0])
+    with pytest.raises(RuntimeError):
+        batch_norm(x, running[0, :1].expand(5), running[1], training=True, momentum=momentum)
+
+
 def test_without_running_statistics_nothing_is_updated():
     drawn = draw(PLAIN, torch.float32)
     with_statistics = run(batch_norm, drawn, **PLAIN.options)

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
@@ -250,12 +251,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad_out
   return {dx, dresidual, dweight, dbias};
 }
 
+// The bits of torch's lerp, which other dtypes take.
+template <class T>
+void move_towards(const Tensor& running, const Tensor& of_the_batch, T factor, T momentum) {
+  T* const r = running.data_ptr<T>();
+  const T* const s = of_the_batch.const_data_ptr<T>();
+  for (int64_t c = 0, step = running.stride(0); c < running.size(0); c++) {
+    const T target = s[c] * factor, before = r[c * step], way = target - before;
+    r[c * step] = momentum < T(0.5) ? std::fma(momentum, way, before) : std::fma(momentum - 1, way, target);
+  }
+  running.unsafeGetTensorImpl()->bump_version();
+}
+
+void batch_norm_update(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
+                       double momentum, double unbias) {
+  const auto dtype = mean.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "batch_norm: want mean of ", at::kFloat, " or ",
+                   at::kDouble, ", got ", dtype);
+  for (const Tensor* t : {&running_mean, &running_var, &mean, &var})
+    TORCH_CHECK_VALUE(t->dim() == 1 && t->sizes() == mean.sizes() && t->scalar_type() == dtype && t->is_cpu(),
+                      "batch_norm: want statistics ", mean.sizes(), " of ", dtype, ", got ", t->sizes(), " of ",
+                      t->scalar_type());
+  for (const Tensor* t : {&running_mean, &running_var})
+    TORCH_CHECK(t->stride(0) != 0 || t->size(0) <= 1, "batch_norm: want running statistics in memory of their own");
+  const Tensor m = mean.contiguous(), v = var.contiguous();
+  if (dtype == at::kDouble) {
+    move_towards<double>(running_mean, m, 1, momentum), move_towards<double>(running_var, v, unbias, momentum);
+  } else {
+    move_towards<float>(running_mean, m, 1, momentum), move_towards<float>(running_var, v, unbias, momentum);
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastarch, CPU, m) {
   m.impl("batch_norm_stats", batch_norm_stats);
   m.impl("batch_norm_fwd", batch_norm_fwd);
   m.impl("batch_norm_bwd", batch_norm_bwd);
+  m.impl("batch_norm_update", batch_norm_update);
 }
 
 }  // namespace fastarch

@@ -3,7 +3,7 @@
 Shapes: x, residual, y [N, C, ...]; weight, bias, mean, var [C], of float32 where x is bfloat16 or float16.
 
 The kernels see x in one of two layouts, `is_rows`: rows of C channels (channels_last, and [N, C]) or planes of S
-elements (contiguous; anything else is copied to that). Three operations:
+elements (contiguous; anything else is copied to that). Four operations:
 
 stats   mean and var (biased) of a batch.
 fwd     y, and unless mean and var are given (evaluation, statistics of several ranks) those of the batch. With
@@ -14,6 +14,8 @@ bwd     With z = batch_norm(x) + residual, dz = dy where ReLU passed: by the mas
           dresidual = dz, dbias = sum dz, dweight = sum dz xhat
           dx = weight * rstd * (dz - mean(dz) - xhat * mean(dz xhat))
         The two means are over the batch, or given (over several ranks), or 0 where the statistics were constants.
+update  running += momentum (of_the_batch - running), in place, of mean and of var * unbias: on CPUs, where six of
+        torch's operations cost as much as a small batch.
 """
 
 import math
@@ -41,9 +43,14 @@ BWD = (
 torch.library.define("fastarch::batch_norm_stats", f"(Tensor input) -> {STATS}")
 torch.library.define("fastarch::batch_norm_fwd", FWD)
 torch.library.define("fastarch::batch_norm_bwd", BWD)
+torch.library.define(
+    "fastarch::batch_norm_update",
+    "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, float unbias) -> ()",
+)
 stats = torch.ops.fastarch.batch_norm_stats.default
 fwd = torch.ops.fastarch.batch_norm_fwd.default
 bwd = torch.ops.fastarch.batch_norm_bwd.default
+update = torch.ops.fastarch.batch_norm_update.default
 
 # csrc/cuda implements these two for rows: a persistent kernel that reads x once, with the batch's own statistics
 torch.library.define(
@@ -135,6 +142,11 @@ def _(input, residual, weight, bias, mean, var, eps, relu, save_mask, algorithm)
 @torch.library.register_fake("fastarch::batch_norm_bwd")
 def _(grad_output, input, mask, weight, bias, mean, *args):
     return fake_bwd(input, mean, args[-1])
+
+
+@torch.library.register_fake("fastarch::batch_norm_update")
+def _(running_mean, running_var, mean, var, momentum, unbias):
+    return None
 
 
 @torch.library.register_fake("fastarch::batch_norm_persistent_fwd")
@@ -377,7 +389,7 @@ def batch_norm(
     tensors = (input, residual, weight, bias)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not training:
-        given = (running_mean.to(dtype), running_var.to(dtype))
+        given = [t if t.dtype == dtype else t.to(dtype) for t in (running_mean, running_var)]
         if differentiable:
             return BatchNormFunction.apply(*tensors, *given, eps, relu, algorithm, None)
         return fwd(*tensors, *given, eps, relu, False, algorithm)[0]
@@ -387,11 +399,15 @@ def batch_norm(
         (output, mean, var, _), count = fwd(*tensors, None, None, eps, relu, False, algorithm), None
     if running_mean is not None:
         count = count[0] if count else values
-        update(running_mean, mean, momentum)
-        update(running_var, var * (count / (count - 1)), momentum)
+        update_running(running_mean, running_var, mean, var, momentum, count / (count - 1))
     return output
 
 
-def update(running: Tensor, of_the_batch: Tensor, momentum: float | Tensor) -> None:
-    weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-    running.lerp_(of_the_batch.to(running.dtype), weight)
+def update_running(running_mean, running_var, mean, var, momentum: float | Tensor, unbias: float | Tensor) -> None:
+    numbers_only = not isinstance(momentum, Tensor) and not isinstance(unbias, Tensor)
+    plain = mean.device.type == "cpu" and running_mean.dtype == running_var.dtype == mean.dtype
+    if numbers_only and plain and not torch.compiler.is_compiling():  # a compiler makes one loop of what follows
+        return update(running_mean, running_var, mean, var, momentum, unbias)
+    for running, of_the_batch in ((running_mean, mean), (running_var, var * unbias)):
+        weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+        running.lerp_(of_the_batch.to(running.dtype), weight)
