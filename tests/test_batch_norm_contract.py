@@ -201,6 +201,19 @@ def test_running_statistics_change_where_they_are(dtype, momentum):
         batch_norm(x, running[0, :1].expand(5), running[1], training=True, momentum=momentum)
 
 
+def test_direct_calls_of_update_are_checked():
+    running_mean, running_var, mean, var = torch.rand(4, 5)
+    torch.library.opcheck(op.update, (running_mean, running_var, mean, var, 0.1, 1.25))
+    for bad in (
+        (running_mean[:4], running_var, mean, var),
+        (running_mean, running_var.double(), mean, var),
+        (running_mean, running_var, mean, var[:, None]),
+        (running_mean.half(), running_var.half(), mean.half(), var.half()),
+    ):
+        with pytest.raises((ValueError, TypeError), match="batch_norm: want"):
+            op.update(*bad, 0.1, 1.25)
+
+
 def test_without_running_statistics_nothing_is_updated():
     drawn = draw(PLAIN, torch.float32)
     with_statistics = run(batch_norm, drawn, **PLAIN.options)

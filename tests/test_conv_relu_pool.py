@@ -319,6 +319,7 @@ def test_reference_context_and_routes():
         (Case((1, 512, 9, 9), (8, 512, 3, 3), {"stride": 2}), "direct"),
         (Case((1, 512, 4, 4), (32, 512, 1, 1), {}), "library"),
         (Case((1, 512, 5, 5), (32, 512, 1, 1), {}), "direct"),
+        (Case((1, 512, 8, 8), (32, 512, 1, 1), {"stride": 2}), "direct"),
         (Case((1, 2, 3000, 3000), (1, 2, 3, 3), {"dilation": 1000}), "reference"),
     ],
     ids=str,

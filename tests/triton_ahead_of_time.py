@@ -3,7 +3,7 @@
     python tests/triton_ahead_of_time.py SHARD SHARDS
 
 compiles every case for one GPU: every other one for Hopper, the others for Ampere or Blackwell by turns.
-FASTARCH_EVERY_GPU=1 (make every-gpu): each for all three, which takes three times as long.
+FASTARCH_EVERY_GPU=1 (make every-gpu): each for all three, 217 launches instead of 83.
 
 The launchers run on CPU tensors, under a driver that names a GPU and a `run` that compiles and does not launch: every
 specialisation (integers that are 1 or multiples of 16, arguments that are None) is the launcher's own. Each line is one

@@ -64,8 +64,8 @@ struct Direct {
     const Storage* from = static_cast<const Storage*>(weight) + (group * p.K + k0) * p.w.k;
     T* to = filters + k0 * taps(p);
     T* b = filters + vectors(p) * L * taps(p) + k0;
-    // A run of each filter's terms, transposed, then one by one to where the walk meets it. Tap by tap the filters of a
-    // 1x1 convolution of 2048 channels took 1.3 of its 2.8 ms with 49 places.
+    // A run of each filter's terms, transposed, then one by one to where the walk meets it. Packed tap by tap, a 1x1
+    // convolution of 2048 channels to 512 over 49 places took 2.8 ms instead of 2.1.
     constexpr int64_t RUN = 4 * L;
     T run[RUN * L] = {};
     const bool by_taps = p.w.tap == 1;  // lie side by side, else channels do

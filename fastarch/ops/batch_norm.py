@@ -14,8 +14,8 @@ bwd     With z = batch_norm(x) + residual, dz = dy where ReLU passed: by the mas
           dresidual = dz, dbias = sum dz, dweight = sum dz xhat
           dx = weight * rstd * (dz - mean(dz) - xhat * mean(dz xhat))
         The two means are over the batch, or given (over several ranks), or 0 where the statistics were constants.
-update  running += momentum (of_the_batch - running), in place, of mean and of var * unbias: on CPUs, where six of
-        torch's operations cost as much as a small batch.
+update  running += momentum (of_the_batch - running), in place, of mean and of var * unbias: on CPUs, where it
+        takes 3 to 6 us and torch's operations one after the other 10.
 """
 
 import math

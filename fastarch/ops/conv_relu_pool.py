@@ -265,8 +265,9 @@ def route_cpu(dtype: torch.dtype, outputs: int, weight: tuple[int, ...], geometr
         return Route(REFERENCE, "one output looks at more input than a tile holds")
     if geometry.groups > 1 and K // geometry.groups < 8:  # depthwise 4x64x28x28 k3: direct 0.79, library 0.08
         return Route("library", "fewer than 8 output channels a group leave vectors empty")
-    # 1x2048x3x3->512 k1: direct 1.24, library 0.77 (Zen 4); with 49 places 2.1 and 2.0
-    if R * S == 1 and K * C >= 1 << 14 and not torch.compiler.is_compiling() and outputs <= 16:
+    # 1x2048x3x3->512 k1: direct 1.24, library 0.77 (Zen 4); with 49 places 2.1 and 2.0, of stride 2 4.1 and 8.5
+    plain = (R, S, *geometry.stride) == (1, 1, 1, 1)
+    if plain and K * C >= 1 << 14 and not torch.compiler.is_compiling() and outputs <= 16:
         return Route("library", "too few places to pay for packing the filters")
     if geometry.dilation != (1, 1):  # 4x256x28x28->256 k3 dilation 2: direct 14.5, library 13.3
         return Route("library" if C >= 128 else "direct", "dilated")
