@@ -60,9 +60,9 @@ void conv_relu_pool(ElementType type, const char* name) {
   for (const auto& [algorithm, kernel] : algorithms) {
     Numbers<T> y(p.N * p.y.n);
     const Memory packed(kernel.packed_bytes(p)), scratch(kernel.scratch_bytes(p));
-    for (int64_t i = 0; i < kernel.pack_tasks(p); i++) kernel.pack(p, w.data(), b.data(), packed.at, i);
+    for (int64_t i = 0; i < kernel.pack_tasks(p); i++) kernel.pack(p, w.data(), nullptr, b.data(), packed.at, i);
     for (int64_t i = 0; i < kernel.tasks(p); i++)
-      kernel.run(p, x.data(), packed.at, y.data(), index.data(), i, scratch.at);
+      kernel.run(p, x.data(), packed.at, nullptr, y.data(), index.data(), i, scratch.at);
     show(name, algorithm, y);
   }
   {

@@ -15,7 +15,7 @@ EXAMPLES = int(os.environ.get("FASTARCH_FUZZ_EXAMPLES", "150"))
 
 @st.composite
 def problems(draw):
-    """Shapes of x and w, options, whether there is a bias, layouts of x and w, dtype and seed."""
+    """Shapes of x and w, options, is there a bias, layouts of x and w, are there scale and residual, dtype, seed."""
 
     def pair(low: int, high: int) -> tuple[int, int]:
         return draw(st.tuples(st.integers(low, high), st.integers(low, high)))
@@ -49,6 +49,8 @@ def problems(draw):
         options,
         draw(st.booleans()),
         layouts,
+        draw(st.booleans()),
+        draw(st.booleans()),
         draw(st.sampled_from([torch.float32, torch.float64])),
         draw(st.integers(0, 2**32)),
     )
@@ -63,7 +65,7 @@ def laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_results_are_exact(problem):
-    x_shape, w_shape, options, has_bias, (layout, w_layout), dtype, seed = problem
+    x_shape, w_shape, options, has_bias, (layout, w_layout), scaled, adds, dtype, seed = problem
     torch.manual_seed(seed)
 
     def integers(shape, multiple: int) -> torch.Tensor:
@@ -87,3 +89,11 @@ def test_results_are_exact(problem):
     got = run(lambda *t: op.conv_relu_pool(*t, **options), (x, w, b), grad_output)
     for name, want in run(reference, (x, w, b), grad_output).items():
         assert torch.equal(got[name], want), name
+
+    scale = 2.0 ** torch.randint(-1, 2, w_shape[:1]).to(dtype) if scaled else None
+    adds = adds and plan.geometry.pool == "none"
+    residual = laid_out(integers(grad_output.shape, 648), layout) if adds else None
+    with torch.no_grad():
+        y = op.conv_relu_pool(x, w, b, **options, scale=scale, residual=residual)
+    want = op.reference(x, w, b, *plan.geometry, scale, residual)
+    assert torch.equal(y, want), "inference"

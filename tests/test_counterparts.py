@@ -47,6 +47,7 @@ x, statistics = draw(N, C, 6, 6), (draw(C), draw(C).abs())
 CASES = {
     "conv": lambda: ops.conv_relu_pool(x, draw(8, C, 3, 3), draw(8), padding="same", pool_size=3, pool_stride=2),
     "conv_avg": lambda: ops.conv_relu_pool(x, draw(8, C, 3, 3), pool="avg", pool_padding=1, ceil_mode=True),
+    "conv_folded": lambda: ops.conv_relu_pool(x, draw(8, C, 3, 3), pool=None, scale=draw(8), residual=draw(N, 8, 4, 4)),
     "conv_alone": lambda: ops.conv_relu_pool(x, draw(8, 1, 3, 2), stride=2, dilation=2, groups=C, pool=None),
     "norm_training": lambda: ops.batch_norm(x, *statistics, draw(C), draw(C), training=True),
     "norm_residual": lambda: ops.batch_norm(x, None, None, None, draw(C), True, residual=x.flip(0), activation="relu"),
@@ -83,8 +84,8 @@ class WithValues(Costs):
 
 
 def arguments_of(call):
-    """The operation of a call, and the arguments that it runs with, with the values that they have."""
-    with recording() as calls, WithValues(calls) as costs:
+    """The operation of a call, and the arguments that it runs with, with the values that they have, as in inference."""
+    with torch.no_grad(), recording() as calls, WithValues(calls) as costs:
         call()
     (call,), (arguments,) = calls, costs.arguments.values()
     return call.operation, arguments

@@ -151,7 +151,9 @@ def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     named = {f"d{name}": grad for name, grad in zip(leaves, grads) if grad is not None}
-    return {"y": y.detach()} | named | {name: b.clone() for name, b in model.named_buffers()}
+    with torch.no_grad():  # takes ways of its own
+        evaluated = {} if model.training else {"without gradients": model(x.detach())}
+    return {"y": y.detach()} | evaluated | named | {name: b.clone() for name, b in model.named_buffers()}
 
 
 @pytest.fixture(autouse=True)

@@ -359,11 +359,11 @@ def test_copies_are_equal_and_independent(name, network, images, output, copied)
     # torch's own LSTM is oneDNN's, whose rounding depends on where memory begins (seen on an AVX2 EPYC)
     equal = torch.allclose if name == "lstm_classifier" else torch.equal
     other = copied(network)
-    assert equal(other(images), output)
-    with torch.no_grad():
+    with torch.no_grad():  # as the output was made
+        assert equal(other(images), output)
         for parameter in other.parameters():
             parameter.zero_()
-    assert equal(network(images), output)
+        assert equal(network(images), output)
     assert not other(images).any()
 
 
@@ -435,20 +435,34 @@ def test_unet_takes_any_size():
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("pool", [None, "max", "avg"])
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
-def test_conv_bn_relu_pool_equals_its_parts(training, pool, padding_mode):
+@pytest.mark.parametrize("adds", [False, True], ids=["", "residual"])
+def test_conv_bn_relu_pool_equals_its_parts(training, pool, padding_mode, adds):
     conv = nn.Conv2d(3, 8, 3, padding=1, padding_mode=padding_mode).double()
     bn, plain = (layer.double().train(training) for layer in (BatchNorm2d(8, activation="relu"), nn.BatchNorm2d(8)))
     for norm in (bn, plain):
         norm.load_state_dict({key: t.fill_(0.5) for key, t in norm.state_dict().items()})
     images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     pools = {None: nn.Identity(), "max": nn.MaxPool2d(3, 2, 1), "avg": nn.AvgPool2d(3, 2, 1)}
-    got = conv_bn_relu_pool(images, conv, bn, pool=pool, pool_size=3, pool_stride=2, pool_padding=1)
-    torch.testing.assert_close(got, pools[pool](plain(conv(images)).relu()))
+    residual = torch.randn(2, 8, 9, 9, dtype=torch.float64) if adds else None
+    with routing.recording() as calls, torch.no_grad():
+        got = conv_bn_relu_pool(images, conv, bn, residual, pool=pool, pool_size=3, pool_stride=2, pool_padding=1)
+    y = plain(conv(images))
+    torch.testing.assert_close(got, pools[pool]((y + residual if adds else y).relu()))
     torch.testing.assert_close(bn.running_var, plain.running_var)
+    in_one = not training and padding_mode == "zeros" and not (adds and pool)
+    assert [call.operation for call in calls] == ["conv_relu_pool" if in_one else "batch_norm"]
+
+
+def test_conv_bn_relu_pool_leaves_a_residual_to_batch_norm_where_no_kernel_adds_it():
+    conv, bn = nn.Conv2d(3, 8, 3, padding=1).eval(), BatchNorm2d(8, activation="relu").eval()
+    images, residual = torch.randn(2, 3, 9, 9), torch.randn(2, 8, 9, 9)
     with routing.recording() as calls:
-        conv_bn_relu_pool(images, conv, bn)
-    folded = not training and padding_mode == "zeros"
-    assert [call.operation for call in calls] == ["conv_relu_pool" if folded else "batch_norm"]
+        conv_bn_relu_pool(images, conv, bn, residual).sum().backward()  # has gradients
+        with torch.no_grad():
+            conv_bn_relu_pool(images.bfloat16(), conv.bfloat16(), bn.bfloat16(), residual.bfloat16())
+            with torch.autocast("cpu"):
+                conv_bn_relu_pool(images, conv.float(), bn.float(), residual.bfloat16())
+    assert [call.operation for call in calls] == ["batch_norm"] * 3
 
 
 def test_conv_bn_relu_pool_refuses_what_it_would_get_wrong():

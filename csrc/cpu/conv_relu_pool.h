@@ -15,7 +15,7 @@ struct FilterStrides {
   int64_t k, c, tap;
 };
 
-// y = pool(relu(conv2d(x, w) + b)), group by group. All extents and strides count elements.
+// y = pool(relu(a conv2d(x, w) + b + r)), group by group. All extents and strides count elements.
 struct ConvReluPool {
   int64_t N, G;            // batch, groups
   int64_t C, H, W;         // input channels of one group, rows, columns
@@ -34,15 +34,18 @@ constexpr int MAX_WINDOW = 255;  // elements of the largest max window, which th
 constexpr int AVG_WINDOW = 8;    // elements of the largest average window: bits of an index
 
 // A forward algorithm for one element type. The caller allocates `packed` and one `scratch` per thread, runs all pack
-// tasks, then all tasks, in any order and on any threads. index == nullptr: not wanted.
+// tasks, then all tasks, in any order and on any threads. index == nullptr: not wanted. The scale a of each output
+// channel is of the type that kernels compute in, or nullptr for 1. The residual r is laid out as y, or nullptr for 0;
+// only where nothing is pooled and no index wanted.
 struct ConvReluPoolFwd {
   int64_t (*packed_bytes)(const ConvReluPool&);
   int64_t (*pack_tasks)(const ConvReluPool&);
-  void (*pack)(const ConvReluPool&, const void* weight, const void* bias, void* packed, int64_t task);
+  void (*pack)(const ConvReluPool&, const void* weight, const void* scale, const void* bias, void* packed,
+               int64_t task);
   int64_t (*scratch_bytes)(const ConvReluPool&);
   int64_t (*tasks)(const ConvReluPool&);
-  void (*run)(const ConvReluPool&, const void* x, const void* packed, void* y, uint8_t* index, int64_t task,
-              void* scratch);
+  void (*run)(const ConvReluPool&, const void* x, const void* packed, const void* r, void* y, uint8_t* index,
+              int64_t task, void* scratch);
 };
 struct ConvReluPoolFwds {
   ConvReluPoolFwd of[ELEMENT_TYPES];

@@ -39,10 +39,14 @@ struct Polyphase {
   static int64_t packed_bytes(const ConvReluPool& p) { return p.G * group_elements(p) * sizeof(T); }
   static int64_t pack_tasks(const ConvReluPool& p) { return p.G * width(p) / L; }
 
-  static void pack(const ConvReluPool& p, const void* weight, const void* bias, void* packed, int64_t task) {
+  static void pack(const ConvReluPool& p, const void* weight, const void* scale, const void* bias, void* packed,
+                   int64_t task) {
     const int64_t group = task / (width(p) / L), k0 = task % (width(p) / L) * L, live = least(L, p.K - k0);
     T* filters = static_cast<T*>(packed) + group * group_elements(p);
     const Storage* from = static_cast<const Storage*>(weight) + (group * p.K + k0) * p.w.k;
+    const int64_t first = group * p.K + k0;
+    T factors[L];
+    load_channels(scale ? static_cast<const T*>(scale) + first : nullptr, live, T(1), factors);
     for (int64_t phase = 0; phase < channels(p); phase++) {
       const int64_t c = phase / (p.stride_h * p.stride_w), a = phase / p.stride_w % p.stride_h, b = phase % p.stride_w;
       T taps[TAPS * TAPS * L] = {};
@@ -52,13 +56,11 @@ struct Polyphase {
           copy_block(tap, {L, 1}, from + c * p.w.c + (r * p.S + s) * p.w.tap, {1, p.w.k}, 1, live);
         }
       }
-      Domain::transform_filter(taps, filters + (k0 * POINTS * channels(p)) + channel(p, c, a, b) * L, channels(p) * L);
+      Domain::transform_filter(taps, load(factors), filters + (k0 * POINTS * channels(p)) + channel(p, c, a, b) * L,
+                               channels(p) * L);
     }
-    T* to = filters + width(p) * POINTS * channels(p) + k0;
-    for (int64_t k = 0; k < L; k++) {
-      to[k] =
-          bias && k < live ? Convert<T, Storage>::from(static_cast<const Storage*>(bias)[group * p.K + k0 + k]) : T(0);
-    }
+    load_channels(bias ? static_cast<const Storage*>(bias) + first : nullptr, live, T(0),
+                  filters + width(p) * POINTS * channels(p) + k0);
   }
 
   static int64_t band(const ConvReluPool& p) { return ceil_div(p.PH, least(p.PH, ceil_div(2 * p.threads, p.N * p.G))); }
@@ -116,7 +118,7 @@ struct Polyphase {
 
   template <class Pool>
   static void run_band(const ConvReluPool& p, int64_t begin, int64_t end, const Storage* x, const T* filters,
-                       T* scratch, Storage* y, uint8_t* index) {
+                       const Storage* r, T* scratch, Storage* y, uint8_t* index) {
     T* inputs = scratch + SIDE * phases_row(p);
     T* products = inputs + inputs_elements(p);
     const T* bias = filters + width(p) * POINTS * channels(p);
@@ -136,7 +138,7 @@ struct Polyphase {
                                                          products, ring[row] + k, ring[row + 1] + k);
       }
     };
-    pool_rows<2, Pool>(p, begin, end, width(p), p.K, convolve, products + PRODUCTS, y, index);
+    pool_rows<2, Pool>(p, begin, end, width(p), p.K, convolve, products + PRODUCTS, r, y, index);
   }
 
   // V vectors of channels of two rows of the convolution.
@@ -160,14 +162,15 @@ struct Polyphase {
     }
   }
 
-  static void run(const ConvReluPool& p, const void* x, const void* packed, void* y, uint8_t* index, int64_t task,
-                  void* scratch) {
+  static void run(const ConvReluPool& p, const void* x, const void* packed, const void* r, void* y, uint8_t* index,
+                  int64_t task, void* scratch) {
     const int64_t n = task / (p.G * bands(p)), group = task / bands(p) % p.G, begin = task % bands(p) * band(p);
     with_pool<T>(p.average, index, [&](auto pool) {
       run_band<decltype(pool)>(p, begin, least(begin + band(p), p.PH),
                                static_cast<const Storage*>(x) + n * p.x.n + group * p.C * p.x.c,
-                               static_cast<const T*>(packed) + group * group_elements(p), static_cast<T*>(scratch),
-                               static_cast<Storage*>(y) + n * p.y.n + group * p.K * p.y.c,
+                               static_cast<const T*>(packed) + group * group_elements(p),
+                               r ? static_cast<const Storage*>(r) + n * p.y.n + group * p.K * p.y.c : nullptr,
+                               static_cast<T*>(scratch), static_cast<Storage*>(y) + n * p.y.n + group * p.K * p.y.c,
                                index ? index + n * p.index.n + group * p.K * p.index.c : nullptr);
     });
   }
@@ -184,16 +187,17 @@ struct AnyPolyphase {
     return three(p) ? Three::packed_bytes(p) : Four::packed_bytes(p);
   }
   static int64_t pack_tasks(const ConvReluPool& p) { return Three::pack_tasks(p); }
-  static void pack(const ConvReluPool& p, const void* weight, const void* bias, void* packed, int64_t task) {
-    (three(p) ? Three::pack : Four::pack)(p, weight, bias, packed, task);
+  static void pack(const ConvReluPool& p, const void* weight, const void* scale, const void* bias, void* packed,
+                   int64_t task) {
+    (three(p) ? Three::pack : Four::pack)(p, weight, scale, bias, packed, task);
   }
   static int64_t scratch_bytes(const ConvReluPool& p) {
     return three(p) ? Three::scratch_bytes(p) : Four::scratch_bytes(p);
   }
   static int64_t tasks(const ConvReluPool& p) { return Three::tasks(p); }
-  static void run(const ConvReluPool& p, const void* x, const void* packed, void* y, uint8_t* index, int64_t task,
-                  void* scratch) {
-    (three(p) ? Three::run : Four::run)(p, x, packed, y, index, task, scratch);
+  static void run(const ConvReluPool& p, const void* x, const void* packed, const void* r, void* y, uint8_t* index,
+                  int64_t task, void* scratch) {
+    (three(p) ? Three::run : Four::run)(p, x, packed, r, y, index, task, scratch);
   }
   static constexpr ConvReluPoolFwd table = {packed_bytes, pack_tasks, pack, scratch_bytes, tasks, run};
 };

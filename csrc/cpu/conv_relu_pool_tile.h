@@ -50,6 +50,16 @@ void load_tile(const ConvReluPool& p, const Storage* x, int64_t top, int64_t lef
   }
 }
 
+// What belongs to `live` output channels as a vector: from[k] in each of the `copies` lanes of channel k, elsewhere and
+// where there is no `from` the neutral element.
+template <class T, class From>
+FASTARCH_INLINE void load_channels(const From* from, int64_t live, T neutral, T* to, int64_t copies = 1) {
+  for (int64_t lane = 0; lane < LANES<T>; lane++) {
+    const int64_t k = lane / copies;
+    to[lane] = from && k < live ? Convert<T, From>::from(from[k]) : neutral;
+  }
+}
+
 // The inverse, for a gradient: row `top + i - padding_h` of dx from row i of the tile, 0 where the tile does not reach.
 template <class Storage>
 void store_row(const ConvReluPool& p, const Compute<Storage>* row, int64_t left, int64_t columns, int64_t channels,

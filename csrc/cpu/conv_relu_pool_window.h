@@ -78,6 +78,18 @@ FASTARCH_INLINE void with_pool(bool average, bool index, const Body& body) {
   }
 }
 
+// relu(v + r) on the way into y, for a residual r laid out as y or nullptr. NaN stays.
+template <class Storage, class T>
+struct Rectified {
+  static constexpr bool COPIES = false;
+  const Storage *y, *r;
+
+  FASTARCH_INLINE Vec<T> operator()(Vec<T> v, const Storage* at, int64_t n) const {
+    if (r) v += load_as<T>(r + (at - y), n);
+    return (v > Vec<T>{}) | (v != v) ? v : Vec<T>{};
+  }
+};
+
 // A ring of the convolution's rows: those that a window still needs, and those that are computed at once.
 template <class T>
 struct Ring {
@@ -157,14 +169,14 @@ int64_t pool_rows_scratch(const ConvReluPool& p, int64_t width) {
 // computes one: value [PW] with the given step between columns, at [PW][width] or nullptr. y and index (or nullptr)
 // point to the image's first of these channels. With several images each has a share of `width` and follows the one
 // before.
-template <class Storage, class T, class PoolRow>
+template <class Storage, class T, class PoolRow, class Finish>
 void write_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width, int64_t live, PoolRow pool_row,
-                T* scratch, Storage* y, uint8_t* index, int64_t images = 1, int64_t share = 0) {
+                T* scratch, const Finish& finish, Storage* y, uint8_t* index, int64_t images = 1, int64_t share = 0) {
   const int64_t chunk = rows_per_chunk(p);
   T* value = scratch;
   auto* at = reinterpret_cast<IntOf<T>*>(value + chunk * p.PW * width);
   // whole vectors of a channels-last output need no copy
-  const bool in_place = sizeof(Storage) == sizeof(T) && p.y.c == 1 && live == width;
+  const bool in_place = Finish::COPIES && sizeof(Storage) == sizeof(T) && p.y.c == 1 && live == width;
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t rows = least(chunk, end - first);
     for (int64_t row = 0; row < rows; row++) {
@@ -175,7 +187,7 @@ void write_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width
     for (int64_t image = 0; image < images; image++) {
       if (!in_place) {
         copy_block(y + image * p.y.n + first * p.y.h, {p.y.w, p.y.c}, value + image * share, {width, 1}, rows * p.PW,
-                   live);
+                   live, finish);
       }
       if (index) {
         copy_block(index + image * p.index.n + first * p.index.h, {p.index.w, p.index.c}, at + image * share,
@@ -185,19 +197,26 @@ void write_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width
   }
 }
 
-// The same from rows of the convolution: convolve(i, ring) computes rows [i, i + AT_ONCE).
+// The same from rows of the convolution: convolve(i, ring) computes rows [i, i + AT_ONCE). r is laid out
+// as y, or nullptr.
 template <int AT_ONCE, class Pool, class Storage, class T, class Convolve>
 void pool_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width, int64_t live, Convolve convolve,
-               T* scratch, Storage* y, uint8_t* index, int64_t images = 1, int64_t share = 0) {
+               T* scratch, const Storage* r, Storage* y, uint8_t* index, int64_t images = 1, int64_t share = 0) {
   const Ring<T> ring = ring_of_rows<AT_ONCE>(p, width, scratch);
   int64_t next = 0;  // the first row not convolved yet
   const auto from_ring = [&](int64_t row, T* value, int64_t step, IntOf<T>* at) {
     const Window h = window_h(p, row);
     next = most(next, h.begin / AT_ONCE * AT_ONCE);
     for (; next < h.end; next += AT_ONCE) convolve(next, ring);
-    pool_row<Pool>(p, row, ring, width, value, step, at);
+    if (r) {
+      memcpy(value, ring[row], p.OW * width * sizeof(T));
+    } else {
+      pool_row<Pool>(p, row, ring, width, value, step, at);
+    }
   };
-  write_rows(p, begin, end, width, live, from_ring, scratch + ring.length * ring.row, y, index, images, share);
+  T* const rest = scratch + ring.length * ring.row;
+  if (r) return write_rows(p, begin, end, width, live, from_ring, rest, Rectified<Storage, T>{y, r}, y, nullptr);
+  write_rows(p, begin, end, width, live, from_ring, rest, AsItIs{}, y, index, images, share);
 }
 
 }  // namespace

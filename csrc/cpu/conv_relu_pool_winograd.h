@@ -57,12 +57,12 @@ struct Products {
   static constexpr int L = LANES<T>;
   static constexpr int SIDE = TAPS + 1, POINTS = SIDE * SIDE;
 
-  // G g G' of up to L filters at once: taps [r * TAPS + s][lane] to points [point * step][lane].
-  static FASTARCH_INLINE void transform_filter(const T* taps, T* points, int64_t step) {
+  // G g G' of up to L filters at once, each times its scale: taps [r * TAPS + s][lane] to points [point * step][lane].
+  static FASTARCH_INLINE void transform_filter(const T* taps, Vec<T> scale, T* points, int64_t step) {
     Vec<T> columns[TAPS][SIDE];
     for (int s = 0; s < TAPS; s++) {
       Vec<T> g[TAPS];
-      for (int r = 0; r < TAPS; r++) g[r] = load(taps + (r * TAPS + s) * L);
+      for (int r = 0; r < TAPS; r++) g[r] = load(taps + (r * TAPS + s) * L) * scale;
       Transform<TAPS>::filter(g, columns[s]);
     }
     for (int i = 0; i < SIDE; i++) {

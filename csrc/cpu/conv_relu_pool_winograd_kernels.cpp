@@ -25,11 +25,15 @@ struct Winograd {
   static int64_t packed_bytes(const ConvReluPool& p) { return p.G * group_elements(p) * sizeof(T); }
   static int64_t pack_tasks(const ConvReluPool& p) { return p.G * vectors(p); }
 
-  static void pack(const ConvReluPool& p, const void* weight, const void* bias, void* packed, int64_t task) {
+  static void pack(const ConvReluPool& p, const void* weight, const void* scale, const void* bias, void* packed,
+                   int64_t task) {
     const int64_t group = task / vectors(p), vector = task % vectors(p), k0 = vector * L, live = least(L, p.K - k0);
     T* group_start = static_cast<T*>(packed) + group * group_elements(p);
     const Storage* from = static_cast<const Storage*>(weight) + (group * p.K + k0) * p.w.k;
     T* to = group_start + vector * POINTS * p.C * L;
+    const int64_t channel = group * p.K + k0;
+    T factors[L];
+    load_channels(scale ? static_cast<const T*>(scale) + channel : nullptr, live, T(1), factors);
     constexpr int64_t CHUNK = 16;
     T taps[CHUNK * 9 * L] = {};  // [c][3][3][lane]
     for (int64_t c0 = 0; c0 < p.C; c0 += CHUNK) {
@@ -38,14 +42,11 @@ struct Winograd {
       for (int64_t tap = 0; p.w.tap != 1 && tap < 9; tap++)
         copy_block(taps + tap * L, {9 * L, 1}, from + tap * p.w.tap + c0, {1, p.w.k}, channels, live);
       for (int64_t c = 0; c < channels; c++) {
-        Domain::transform_filter(taps + c * 9 * L, to + (c0 + c) * L, p.C * L);
+        Domain::transform_filter(taps + c * 9 * L, load(factors), to + (c0 + c) * L, p.C * L);
       }
     }
-    T* b = group_start + filter_elements(p) + k0;
-    for (int64_t k = 0; k < L; k++) {
-      b[k] =
-          bias && k < live ? Convert<T, Storage>::from(static_cast<const Storage*>(bias)[group * p.K + k0 + k]) : T(0);
-    }
+    load_channels(bias ? static_cast<const Storage*>(bias) + channel : nullptr, live, T(0),
+                  group_start + filter_elements(p) + k0);
   }
 
   // Tiles: one per pooled output, or covering the convolution where nothing is pooled.
@@ -124,7 +125,7 @@ struct Winograd {
   // The same where nothing is pooled: every tile gives 2x2 outputs, of which the last ones may overhang.
   template <class Pool, int V>
   static void place_tiles(const ConvReluPool& p, const Segment& s, const T* products, const T* bias, int64_t live,
-                          T* value, IntOf<T>* at, Storage* y, uint8_t* index) {
+                          T* value, IntOf<T>* at, const Storage* r, Storage* y, uint8_t* index) {
     const int64_t columns = 2 * s.count;
     for (int64_t tile = 0; tile < s.count; tile++) {
       for (int v = 0; v < V; v++) {
@@ -135,33 +136,40 @@ struct Winograd {
           Pool pool;
           pool.take(conv[i / 2][i % 2], 0);
           const int64_t place = (i / 2 * columns + 2 * tile + i % 2) * V * L + v * L;
-          store(value + place, pool.value);
+          store(value + place, r ? conv[i / 2][i % 2] : pool.value);
           if (index) store(at + place, pool.index);
         }
       }
     }
     const int64_t width = least(columns, p.OW - 2 * s.column);
     for (int64_t i = 0; i < 2 && 2 * s.row + i < p.OH; i++) {
-      const int64_t to = (2 * s.row + i) * p.y.h + 2 * s.column * p.y.w, from = i * columns * V * L;
-      copy_block(y + to, {p.y.w, p.y.c}, value + from, {V * L, 1}, width, live);
-      if (index) copy_block(index + to, {p.index.w, p.index.c}, at + from, {V * L, 1}, width, live);
+      const int64_t to = (2 * s.row + i) * p.y.h + 2 * s.column * p.y.w;
+      const T* from = value + i * columns * V * L;
+      if (r) {
+        copy_block(y + to, {p.y.w, p.y.c}, from, {V * L, 1}, width, live, Rectified<Storage, T>{y, r});
+        continue;
+      }
+      copy_block(y + to, {p.y.w, p.y.c}, from, {V * L, 1}, width, live);
+      if (index) copy_block(index + to, {p.index.w, p.index.c}, at + (from - value), {V * L, 1}, width, live);
     }
   }
 
   template <class Pool, int V>
   static void run_vectors(const ConvReluPool& p, int64_t begin, int64_t end, const T* inputs, const T* filters,
-                          const T* bias, int64_t live, T* products, Storage* y, uint8_t* index) {
+                          const T* bias, int64_t live, T* products, const Storage* r, Storage* y, uint8_t* index) {
     Domain::template multiply<V>(inputs, block(p), end - begin, filters, p.C, p.C, products);
     T* value = products + products_elements(p);
     auto* at = reinterpret_cast<IntOf<T>*>(value + outputs_elements(p));
     segments(p, begin, end, pooled(p), [&](const Segment& s) {
-      (pooled(p) ? pool_tiles<Pool, V> : place_tiles<Pool, V>)(p, s, products, bias, live, value, at, y + s.n * p.y.n,
-                                                               index ? index + s.n * p.index.n : nullptr);
+      Storage* to = y + s.n * p.y.n;
+      uint8_t* index_to = index ? index + s.n * p.index.n : nullptr;
+      if (pooled(p)) return pool_tiles<Pool, V>(p, s, products, bias, live, value, at, to, index_to);
+      place_tiles<Pool, V>(p, s, products, bias, live, value, at, r ? r + s.n * p.y.n : r, to, index_to);
     });
   }
 
-  static void run(const ConvReluPool& p, const void* x, const void* packed, void* y, uint8_t* index, int64_t task,
-                  void* scratch) {
+  static void run(const ConvReluPool& p, const void* x, const void* packed, const void* r, void* y, uint8_t* index,
+                  int64_t task, void* scratch) {
     const int64_t group = task / blocks(p), begin = task % blocks(p) * block(p),
                   end = least(begin + block(p), tiles(p));
     T* inputs = static_cast<T*>(scratch);
@@ -177,7 +185,9 @@ struct Winograd {
       with_pool<T>(p.average, index, [&](auto pool) {
         (live > L ? run_vectors<decltype(pool), 2>
                   : run_vectors<decltype(pool), 1>)(p, begin, end, inputs, filters + k * POINTS * p.C, bias + k, live,
-                                                    products, static_cast<Storage*>(y) + channel * p.y.c,
+                                                    products,
+                                                    r ? static_cast<const Storage*>(r) + channel * p.y.c : nullptr,
+                                                    static_cast<Storage*>(y) + channel * p.y.c,
                                                     index ? index + channel * p.index.c : nullptr);
       });
     }

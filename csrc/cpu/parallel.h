@@ -3,11 +3,12 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
+
+#include "cpu/memory.h"
 
 #if defined(__SANITIZE_THREAD__)
 #include <thread>
@@ -47,7 +48,7 @@ void parallel(int64_t tasks, int64_t scratch_bytes, double operations, const Tas
   constexpr double WORTH_A_REGION = IF_WORTH_IT * 1e6;  // waking a core takes about as long as this many operations
   const int64_t workers = operations < WORTH_A_REGION ? 1 : std::min<int64_t>(tasks, threads());
   const int64_t stride = (scratch_bytes + 63) / 64 * 64;
-  const at::Tensor scratch = stride > 0 ? at::empty({workers * stride}, at::kByte) : at::Tensor();
+  const at::Tensor scratch = stride > 0 ? workspace(workers * stride) : at::Tensor();
   uint8_t* const memory = stride > 0 ? scratch.data_ptr<uint8_t>() : nullptr;
   if (workers == 1) {
     for (int64_t i = 0; i < tasks; i++) task(i, memory);

@@ -1,6 +1,7 @@
 """Chains of layers and functions in a graph that become one operation of ours.
 
     x -> Conv2d -> [BatchNorm2d] -> ReLU -> [MaxPool2d or AvgPool2d]      run_convolution
+    x -> Conv2d -> BatchNorm2d -> + residual -> ReLU                      run_convolution
     x -> BatchNorm -> [+ residual] -> ReLU                                run_norm
     scaled_dot_product_attention                                          run_attention
 
@@ -20,7 +21,8 @@ from torch.nn import functional as F
 from fastarch import autocast, ops
 from fastarch import nn as ours
 from fastarch.fusion.swaps import why_special
-from fastarch.nn.batch_norm import folded
+from fastarch.nn.batch_norm import scale_and_bias
+from fastarch.ops.conv_relu_pool import adds_residual
 
 OUR_NORMS = (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d, ours.SyncBatchNorm)
 NORMS_OF_IMAGES = (ours.BatchNorm2d, ours.SyncBatchNorm)
@@ -99,9 +101,15 @@ def fits(x: Tensor, residual: Tensor | None) -> bool:
 
 
 def run_convolution(
-    x: Tensor, conv: nn.Module, norm: nn.Module | None, relu: nn.Module | bool, pool: nn.Module | Window | None
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    residual: Tensor | None,
+    inplace_add: bool,
+    relu: nn.Module | bool,
+    pool: nn.Module | Window | None,
 ) -> Tensor:
-    """pool(relu(norm(conv(x)))); relu is a layer, or says whether the function worked in place."""
+    """pool(relu(norm(conv(x)) + residual)); relu is a layer, or says whether the function worked in place."""
     window = window_of(pool) if isinstance(pool, nn.Module) else pool
     if (
         is_plain(conv, nn.Conv2d)
@@ -110,14 +118,15 @@ def run_convolution(
         and is_relu(relu)
         and (pool is None or window is not None)
         and conv_takes(x, conv)
+        and may_add(x, residual)
     ):
         try:
-            return in_one(x, conv, norm, window)
+            return in_one(x, conv, norm, residual, window)
         except ValueError:  # sizes that leave nothing to compute: torch shall say so itself
             pass
     y = conv(x)
     if norm is not None:
-        y = run_norm(y, norm, None, False, relu)
+        y = run_norm(y, norm, residual, inplace_add, relu)
     else:
         y = F.relu(y, relu) if isinstance(relu, bool) else relu(y)
     if isinstance(pool, nn.Module):
@@ -125,11 +134,15 @@ def run_convolution(
     return y if pool is None else POOLS[pool[0]](y, *pool[1:4], ceil_mode=pool[4])
 
 
-def in_one(x: Tensor, conv: nn.Conv2d, norm: nn.Module | None, window: Window | None) -> Tensor:
+def in_one(
+    x: Tensor, conv: nn.Conv2d, norm: nn.Module | None, residual: Tensor | None, window: Window | None
+) -> Tensor:
+    scale, bias = (None, conv.bias) if norm is None else scale_and_bias(conv, norm)
     kind, size, stride, padding, ceil_mode = window or (None, 2, None, 0, False)
     return ops.conv_relu_pool(
         x,
-        *((conv.weight, conv.bias) if norm is None else folded(conv, norm)),
+        conv.weight,
+        bias,
         stride=conv.stride,
         padding=conv.padding,
         dilation=conv.dilation,
@@ -139,6 +152,15 @@ def in_one(x: Tensor, conv: nn.Conv2d, norm: nn.Module | None, window: Window | 
         pool_stride=stride,
         pool_padding=padding,
         ceil_mode=ceil_mode,
+        scale=scale,
+        residual=residual,
+    )
+
+
+def may_add(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether a kernel adds it to the convolution of x, unless their shapes differ."""
+    return residual is None or (
+        adds_residual(x) and isinstance(residual, Tensor) and (residual.dtype, residual.device) == (x.dtype, x.device)
     )
 
 
@@ -216,7 +238,7 @@ class Graph:
             return self.convolution(before, None, relu, argument)
         if self.layer(before, *NORMS):
             conv = before.args[0]
-            if len(conv.users) == 1 and self.layer(conv, nn.Conv2d) and not self.layer(before, nn.BatchNorm1d):
+            if self.makes_images_for(before):
                 return self.convolution(conv, before, relu, argument)
             return self.replace([before, relu], run_norm, (before.args[0], self.module(before), None, False, argument))
         if (sides := self.sum(before)) is None:
@@ -227,9 +249,19 @@ class Graph:
         places = {node: place for place, node in enumerate(self.graph.nodes)}
         norm, residual = max(candidates, key=lambda pair: places[pair[0]])
         inplace = before.target in (operator.iadd, "add_")
-        return self.replace(
-            [norm, before, relu], run_norm, (norm.args[0], self.module(norm), residual, inplace, argument)
-        )
+        adding = (self.module(norm), residual, inplace, argument)
+        if self.makes_images_for(norm):
+            conv = norm.args[0]
+            arguments = (conv.args[0], self.module(conv), *adding, None)
+            return self.replace([conv, norm, before, relu], run_convolution, arguments) or self.replace(
+                [norm, before, relu], run_norm, (conv, *adding)
+            )
+        return self.replace([norm, before, relu], run_norm, (norm.args[0], *adding))
+
+    def makes_images_for(self, norm: fx.Node) -> bool:
+        """Whether what a batch norm takes is the output of a Conv2d, which nothing else takes."""
+        conv = norm.args[0]
+        return len(conv.users) == 1 and self.layer(conv, nn.Conv2d) and not self.layer(norm, nn.BatchNorm1d)
 
     def convolution(self, conv: fx.Node, norm: fx.Node | None, relu: fx.Node, argument: fx.Node | bool) -> str | None:
         pool = window = None
@@ -238,7 +270,9 @@ class Graph:
             window = self.module(pool) if self.is_pool_layer(pool) else window_of_call(pool)
         chain = [node for node in (conv, norm, relu, pool if window is not None else None) if node is not None]
         norm = None if norm is None else self.module(norm)
-        return self.replace(chain, run_convolution, (conv.args[0], self.module(conv), norm, argument, window))
+        return self.replace(
+            chain, run_convolution, (conv.args[0], self.module(conv), norm, None, False, argument, window)
+        )
 
     def is_pool_layer(self, node: fx.Node) -> bool:
         pool = self.layer(node, nn.MaxPool2d, nn.AvgPool2d)

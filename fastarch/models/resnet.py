@@ -28,7 +28,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.downsample is None else self.downsample(x)
         x = nn.conv_bn_relu_pool(x, self.conv1, self.bn1)
-        return self.bn2(self.conv2(x), residual)
+        return nn.conv_bn_relu_pool(x, self.conv2, self.bn2, residual)
 
 
 class Bottleneck(nn.Module):
@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
         residual = x if self.downsample is None else self.downsample(x)
         x = nn.conv_bn_relu_pool(x, self.conv1, self.bn1)
         x = nn.conv_bn_relu_pool(x, self.conv2, self.bn2)
-        return self.bn3(self.conv3(x), residual)
+        return nn.conv_bn_relu_pool(x, self.conv3, self.bn3, residual)
 
 
 def projection(channels: int, outputs: int, stride: int) -> nn.Module | None:

@@ -156,19 +156,19 @@ def fold_batch_norm(conv: nn.Module, bn: nn.Module) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"fold_batch_norm: want a BatchNorm of {len(conv.weight)} features, got {len(bn.running_mean)}"
         )
-    return folded(conv, bn)
+    scale, bias = scale_and_bias(conv, bn)
+    weight = conv.weight * scale.view(-1, *(1 for _ in conv.weight.shape[1:]))
+    return weight.to(conv.weight.dtype), bias
 
 
-def folded(conv: nn.Module, bn: nn.Module) -> tuple[Tensor, Tensor]:
-    """The same without checks; an activation of bn is for the caller to apply."""
+def scale_and_bias(conv: nn.Module, bn: nn.Module) -> tuple[Tensor, Tensor]:
+    """s and bias' of the same, without checks; an activation of bn is for the caller to apply."""
     dtype = torch.promote_types(conv.weight.dtype, torch.float32)
-    mean, var, gain, offset, weight, bias = (
-        None if t is None else t.to(dtype)
-        for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias, conv.weight, conv.bias)
+    mean, var, gain, offset, bias = (
+        None if t is None else t.to(dtype) for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias, conv.bias)
     )
     scale = torch.rsqrt(var + bn.eps)
     scale = scale if gain is None else scale * gain
     shift = -mean if bias is None else bias - mean
     bias = shift * scale if offset is None else torch.addcmul(offset, shift, scale)
-    weight = weight * scale.view(-1, *(1 for _ in weight.shape[1:]))
-    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+    return scale, bias.to(conv.weight.dtype)

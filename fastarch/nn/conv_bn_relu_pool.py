@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastarch import ops
-from fastarch.nn.batch_norm import folded
+from fastarch.nn.batch_norm import scale_and_bias
+from fastarch.ops.conv_relu_pool import adds_residual
 
 POOLS = {"max": F.max_pool2d, "avg": F.avg_pool2d}
 
@@ -17,6 +18,7 @@ def conv_bn_relu_pool(
     x: Tensor,
     conv: nn.Conv2d,
     bn: nn.Module,
+    residual: Tensor | None = None,
     *,
     pool: str | None = None,
     pool_size: int | tuple[int, int] = 2,
@@ -24,15 +26,17 @@ def conv_bn_relu_pool(
     pool_padding: int | tuple[int, int] = 0,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """y = pool(relu(bn(conv(x)))).   x [N, C, H, W] -> y [N, K, PH, PW]
+    """y = pool(relu(bn(conv(x)) + residual)).   x [N, C, H, W] -> y [N, K, PH, PW]
 
-    In evaluation bn is folded into the convolution and everything is one `fastarch.ops.conv_relu_pool`, which calls
-    neither module: their hooks do not run. In training, and where nothing can be folded (no running statistics, padding
-    other than zeros, a layer that does more), it is the convolution, batch norm with ReLU in one pass, and the pool.
+    In evaluation everything is one `fastarch.ops.conv_relu_pool`, which calls neither module: their hooks do not run.
+    In training, where bn cannot join (no running statistics, padding other than zeros, a layer that does more), and
+    where no kernel adds the residual (if gradients may be wanted, in 16 bits, with a pool, on CUDA), it is the
+    convolution, batch norm with residual and ReLU in one pass, and the pool.
 
     Args:
         conv: C to K channels; `padding`, `stride`, `dilation` and `groups` are its own.
         bn: BatchNorm2d or SyncBatchNorm of K features with activation="relu".
+        residual: of the convolution's shape and x's dtype.
         pool: "max", "avg" or None; with the sizes that follow as in `fastarch.ops.conv_relu_pool`.
     """
     activation = getattr(bn, "activation", None)  # torch.nn's own BatchNorm has none
@@ -41,10 +45,13 @@ def conv_bn_relu_pool(
     if pool is not None and pool not in POOLS:
         raise ValueError(f"conv_bn_relu_pool: want pool 'max', 'avg' or None, got {pool!r}")
     plain = type(conv).forward is nn.Conv2d.forward and conv.padding_mode == "zeros"
-    if plain and not bn.training and bn.running_mean is not None:
+    joins = residual is None or (pool is None and adds_residual(x))
+    if plain and joins and not bn.training and bn.running_mean is not None:
+        scale, bias = scale_and_bias(conv, bn)
         return ops.conv_relu_pool(
             x,
-            *folded(conv, bn),
+            conv.weight,
+            bias,
             stride=conv.stride,
             padding=conv.padding,
             dilation=conv.dilation,
@@ -54,6 +61,8 @@ def conv_bn_relu_pool(
             pool_stride=pool_stride,
             pool_padding=pool_padding,
             ceil_mode=ceil_mode,
+            scale=scale,
+            residual=residual,
         )
-    y = bn(conv(x))
+    y = bn(conv(x)) if residual is None else bn(conv(x), residual)
     return y if pool is None else POOLS[pool](y, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)

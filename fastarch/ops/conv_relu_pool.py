@@ -1,6 +1,6 @@
-"""conv_relu_pool: y = pool(relu(conv2d(x, w) + b)).
+"""conv_relu_pool: y = pool(relu(a conv2d(x, w) + b + r)).
 
-Shapes: x [N, C, H, W], w [K, C/groups, R, S], b [K]; convolution [N, K, OH, OW]; y [N, K, PH, PW].
+Shapes: x [N, C, H, W], w [K, C/groups, R, S], a, b [K]; convolution, r [N, K, OH, OW]; y [N, K, PH, PW].
 
 Two operations. The forward never writes the convolution's output. For the backward it saves one byte per pooled
 output (`index`, shaped and strided as y):
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fastarch import autocast, extension, routing
 from fastarch.ref.conv_relu_pool import conv_relu_pool as reference
+from fastarch.ref.conv_relu_pool import scaled
 from fastarch.routing import REFERENCE, Route
 
 MAX_WINDOW = 255  # elements of a max window that one byte can number, 255 itself being taken
@@ -35,7 +36,11 @@ BWD = "Tensor grad_output, Tensor input, Tensor weight, Tensor index, " + GEOMET
 RESULTS = "(Tensor output, Tensor index)"
 GRADS = "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 
-torch.library.define("fastarch::conv_relu_pool_fwd", f"({FWD}, str algorithm, bool save_index) -> {RESULTS}")
+# scale and residual are for inference on CPUs
+torch.library.define(
+    "fastarch::conv_relu_pool_fwd",
+    f"({FWD}, str algorithm, bool save_index, Tensor? scale=None, Tensor? residual=None) -> {RESULTS}",
+)
 torch.library.define("fastarch::conv_relu_pool_bwd", f"({BWD}, str algorithm, bool[3] output_mask) -> {GRADS}")
 fwd = torch.ops.fastarch.conv_relu_pool_fwd.default
 bwd = torch.ops.fastarch.conv_relu_pool_bwd.default
@@ -47,7 +52,9 @@ torch.library.define("fastarch::conv_relu_pool_direct_bwd", f"({BWD}, bool[3] ou
 
 @torch.library.impl("fastarch::conv_relu_pool_fwd", "CUDA")
 def _(input, weight, bias, *args):
-    *geometry, algorithm, save_index = args
+    geometry, (algorithm, save_index, *for_cpus) = args[:9], args[9:]
+    if for_cpus:
+        raise TypeError("conv_relu_pool: want neither scale nor residual on CUDA")
     if algorithm == "direct":
         return torch.ops.fastarch.conv_relu_pool_direct_fwd(input, weight, bias, *geometry, save_index)
     from fastarch.kernels.conv_relu_pool import conv_relu_pool_fwd  # here: a machine without Triton must import
@@ -105,8 +112,7 @@ class Geometry(NamedTuple):
 
 @torch.library.register_fake("fastarch::conv_relu_pool_fwd")
 def _(input, weight, bias, *args):
-    *geometry, _, save_index = args
-    geometry = Geometry(*geometry)
+    geometry, save_index = Geometry(*args[:9]), args[10]
     pooled = geometry.pooled_size(geometry.conv_size(input.shape[2:], weight.shape[2:]))
     output = input.new_empty((input.shape[0], weight.shape[0], *pooled)).contiguous(memory_format=memory_format(input))
     index = torch.empty_like(output, dtype=torch.uint8) if save_index else output.new_empty(0, dtype=torch.uint8)
@@ -230,17 +236,22 @@ def pair(what: str, value, least: int) -> tuple[int, int]:
     return pair
 
 
-def check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """The tensors are tensors, of one dtype and device."""
-    for what, t in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(t, Tensor) and (t is not None or what != "bias"):
+def check(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None) -> None:
+    """The tensors are tensors, on one device and of one dtype; the scale of 16 bits in float32."""
+    named = ("input", input), ("weight", weight), ("bias", bias), ("scale", scale), ("residual", residual)
+    for what, t in named:
+        if t is None and what not in ("input", "weight"):
+            continue
+        if not isinstance(t, Tensor):
             raise TypeError(f"conv_relu_pool: want {what} as a tensor, got {type(t).__name__}")
-        if t is not None and (t.dtype != input.dtype or t.device != input.device):
+        dtype = torch.promote_types(input.dtype, torch.float32) if what == "scale" else input.dtype
+        if t.dtype != dtype or t.device != input.device:
             raise TypeError(
                 f"conv_relu_pool: input is {input.dtype} on {input.device}, {what} is {t.dtype} on {t.device}"
             )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise error(f"bias {[*weight.shape[:1]]}", [*bias.shape])
+    for what, t in (("bias", bias), ("scale", scale)):
+        if t is not None and t.shape != weight.shape[:1]:
+            raise error(f"{what} {[*weight.shape[:1]]}", [*t.shape])
 
 
 def route(device: str, dtype: torch.dtype, outputs: int, weight: tuple[int, ...], geometry: Geometry) -> Route:
@@ -336,10 +347,12 @@ def conv_relu_pool(
     pool_stride: int | tuple[int, int] | None = None,
     pool_padding: int | tuple[int, int] = 0,
     ceil_mode: bool = False,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y = pool(relu(conv2d(x, w) + b)), in one pass over x and with one byte saved per output.
+    """y = pool(relu(a conv2d(x, w) + b + r)), in one pass over x and with one byte saved per output.
 
-    conv[n, k, i, j] = b[k] + sum_{c, r, s} x[n, c, i stride_h + r dilation_h - padding_h, ...] w[k, c, r, s]
+    conv[n, k, i, j] = sum_{c, r, s} x[n, c, i stride_h + r dilation_h - padding_h, ...] w[k, c, r, s]
 
     Args:
         input: x [N, C, H, W] or [C, H, W], contiguous, channels_last or with any other strides.
@@ -348,6 +361,9 @@ def conv_relu_pool(
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, "valid" and "same" included.
         pool: "max", "avg" (padding counts, as in `avg_pool2d`) or None.
         pool_size, pool_stride, pool_padding, ceil_mode: as in `max_pool2d`; pool_stride None means pool_size.
+        scale: a [K], or None for 1; with a batch norm's scale here, and its shift as bias, the two are one operation.
+            In float32 where the input has 16 bits.
+        residual: r, of the convolution's shape and the input's dtype, or None for 0.
 
     Returns:
         y [N, K, PH, PW] (or [K, PH, PW]), channels_last if x is.
@@ -361,14 +377,15 @@ def conv_relu_pool(
     bits from run to run and for any number of threads.
 
     Kernels serve float32, float64, bfloat16 and float16 on CPUs (C++), all but float64 on CUDA (Triton, CUDA C++), and
-    max windows of up to 255 elements, average windows of up to 8. Everything else, torch.func transforms and
-    derivatives of second order run on the differentiable reference; `fastarch.explain` shows it.
+    max windows of up to 255 elements, average windows of up to 8. A residual they add on CPUs, in inference (under
+    `torch.no_grad`), in float32 and float64 and without a pool. Everything else, torch.func transforms and derivatives
+    of second order run on the differentiable reference; `fastarch.explain` shows it.
 
     Sources: Winograd F(2x2, 3x3): Lavin and Gray 2016, arXiv 1509.09308, section 4.1.
     """
     device = input.device.type if isinstance(input, Tensor) else "cpu"
-    input, weight, bias = autocast.cast(device, input, weight, bias)
-    check(input, weight, bias)
+    input, weight, bias, residual = autocast.cast(device, input, weight, bias, residual)
+    check(input, weight, bias, scale, residual)
     options = (stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode)
     shapes = (device, input.dtype, input.shape, weight.shape)
     try:
@@ -377,21 +394,58 @@ def conv_relu_pool(
     except TypeError:  # symbolic sizes and lists cannot be looked up
         geometry, behind, (algorithm, reason) = make_plan(*shapes, *options)
 
+    if residual is not None:
+        check_residual(residual, input, weight, geometry, behind)
+        if not (geometry.pool == "none" and adds_residual(input)):
+            algorithm, reason = (
+                REFERENCE,
+                "a residual is added on CPUs, in inference, in full precision and without a pool",
+            )
     if why := routing.reference_reason():
         algorithm, reason = REFERENCE, why
     routing.record("conv_relu_pool", backend, device, algorithm, reason, input=input, weight=weight)
     if behind != (0, 0):
         input = F.pad(input, (0, behind[1], 0, behind[0]))
     if input.dim() == 3:
-        return run(input.unsqueeze(0), weight, bias, geometry, algorithm).squeeze(0)
-    return run(input, weight, bias, geometry, algorithm)
+        residual = None if residual is None else residual.unsqueeze(0)
+        return run(input.unsqueeze(0), weight, bias, scale, residual, geometry, algorithm).squeeze(0)
+    return run(input, weight, bias, scale, residual, geometry, algorithm)
 
 
-def run(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, algorithm: str) -> Tensor:
+def adds_residual(input: Tensor) -> bool:
+    """Whether a kernel adds a residual to the convolution of such an input: on CPUs, where nothing has a gradient.
+
+    In 16 bits torch's convolution may have instructions of its own, which outweigh a pass that is saved.
+    """
+    served = extension.cpu is not None and input.device.type == "cpu" and input.dtype in (torch.float32, torch.float64)
+    return served and not torch.is_grad_enabled() and not autocast.is_on("cpu")
+
+
+def check_residual(
+    residual: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, behind: tuple[int, int]
+) -> None:
+    conv = geometry.conv_size((input.shape[-2] + behind[0], input.shape[-1] + behind[1]), weight.shape[2:])
+    shape = [*input.shape[:-3], weight.shape[0], *conv]
+    if [*residual.shape] != shape:
+        raise error(f"residual {shape}", [*residual.shape])
+
+
+def run(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    algorithm: str,
+) -> Tensor:
     if algorithm == REFERENCE:
-        return reference(input, weight, bias, *geometry)
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+        return reference(input, weight, bias, *geometry, scale, residual)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, scale))
+    if scale is not None and (trained or algorithm == "library" or input.device.type != "cpu"):
+        weight, scale = scaled(weight, scale), None
+    if trained:
         return ConvReLUPoolFunction.apply(input, weight, bias, geometry, algorithm)
-    return fwd(input, weight, bias, *geometry, algorithm, False)[0]
+    if scale is None and residual is None:
+        return fwd(input, weight, bias, *geometry, algorithm, False)[0]
+    return fwd(input, weight, bias, *geometry, algorithm, False, scale, residual)[0]

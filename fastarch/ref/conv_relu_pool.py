@@ -1,4 +1,4 @@
-"""conv_relu_pool: y = pool(relu(conv2d(x, w) + b)), x [N, C, H, W], w [K, C/groups, R, S], b [K]."""
+"""conv_relu_pool: y = pool(relu(a conv2d(x, w) + b + r)), x [N, C, H, W], w [K, C/groups, R, S], a, b [K]."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,10 +17,18 @@ def conv_relu_pool(
     pool_stride: tuple[int, int],
     pool_padding: tuple[int, int],
     ceil_mode: bool,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups).relu()  # [N, K, OH, OW]
+    y = F.conv2d(input, scaled(weight, scale), bias, stride, padding, dilation, groups)  # [N, K, OH, OW]
+    y = (y if residual is None else y + residual).relu()
     if pool == "max":
         return F.max_pool2d(y, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
     if pool == "avg":
         return F.avg_pool2d(y, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
     return y  # "none"
+
+
+def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """a_k w_k, rounded once where a weight has 16 bits and a scale 32."""
+    return weight if scale is None else (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
