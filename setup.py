@@ -47,7 +47,7 @@ KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contr
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
 OPTIMISE = ["-std=c++20", "-O2", "-fvisibility=hidden"]
 # -O1: instrumented, the unrolled loops of the kernels take minutes a file to optimise
-SANITIZE = ["-O1", "-g", f"-fsanitize={os.environ.get('FASTARCH_SANITIZE')}", "-fno-sanitize-recover=all"]
+SANITIZE = ["-O1", "-g1", f"-fsanitize={os.environ.get('FASTARCH_SANITIZE')}", "-fno-sanitize-recover=all"]
 SANITIZE = SANITIZE if "FASTARCH_SANITIZE" in os.environ else []
 SANITIZED_SETS = os.environ.get("FASTARCH_SANITIZE_ISAS", " ".join(INSTRUCTION_SETS)).split()
 

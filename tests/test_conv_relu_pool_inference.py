@@ -100,6 +100,21 @@ def test_nan_and_infinities_of_a_residual_stay_where_they_are(case):
     assert y[3:].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"pool_size": 3, "pool_stride": 2}, {"pool": None}, {"pool": "avg"}], ids=str)
+def test_nan_of_either_sign_and_infinities_go_through_the_pool(options, dtype):
+    nan, inf = float("nan"), float("inf")
+    x = torch.randn(2, 1, 12, 14).to(dtype)
+    x[:, 0, 0, :8] = torch.tensor([nan, -nan, inf, -inf, 3e38, -3e38, 0.0, -0.0]).to(dtype)
+    x[1, 0, 5, 3], x[1, 0, 8, 4] = torch.tensor(-nan).copysign(torch.tensor(-1.0)).to(dtype), inf
+    w = torch.ones(20, 1, 1, 1, dtype=dtype)
+    assert x[1, 0, 5, 3].signbit() or dtype == torch.bfloat16  # whose conversion drops the sign
+    with torch.no_grad():
+        y = conv_relu_pool(x, w, **options)
+    want = op.reference(x, w, None, *geometry_of(Case(x.shape, w.shape, options)))
+    torch.testing.assert_close(y, want, rtol=2e-2 if options.get("pool") == "avg" else 0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("pool", ["max", None])
 def test_every_gradient(pool):
     x, w = torch.randn(1, 2, 4, 4, dtype=torch.float64), torch.randn(3, 2, 3, 3, dtype=torch.float64)

@@ -42,17 +42,33 @@ struct Max {
   FASTARCH_INLINE void finish(int64_t) {}
 };
 
-// Without the index NaN can wait until the end, which leaves one maximum per element.
+// Without the index NaN can wait until the end, which leaves one maximum per element. Where comparisons go to mask
+// registers two are faster (AVX-512, one core of a Zen 4: notes_conv1 484 -> 435 us): as integers, what is above 0 and
+// NaN are ordered as they are, and of what has a sign, as unsigned integers, only NaN is above minus infinity.
 template <class T>
 struct Max<T, false> {
+  static constexpr bool BY_BITS = VECTOR_BYTES == 64;
+  typedef UnsignedOf<T> Unsigned __attribute__((vector_size(VECTOR_BYTES)));
   Vec<T> value = {};
   Vec<IntOf<T>> index = {};  // of NaN, here
 
   FASTARCH_INLINE void take(Vec<T> v, int64_t) {
-    index |= v != v;
-    value = v > value ? v : value;
+    if constexpr (BY_BITS) {
+      const auto bits = (Vec<IntOf<T>>)v, best = (Vec<IntOf<T>>)value;
+      value = (Vec<T>)(bits > best ? bits : best);
+      index = (Vec<IntOf<T>>)((Unsigned)v > (Unsigned)index ? (Unsigned)v : (Unsigned)index);
+    } else {
+      index |= v != v;
+      value = v > value ? v : value;
+    }
   }
-  FASTARCH_INLINE void finish(int64_t) { value = index ? (Vec<T>)index : value; }
+  FASTARCH_INLINE void finish(int64_t) {
+    if constexpr (BY_BITS) {
+      value = (Unsigned)index > (Unsigned)splat(-T(__builtin_inf())) ? (Vec<T>)index : value;
+    } else {
+      value = index ? (Vec<T>)index : value;
+    }
+  }
 };
 
 template <class T, bool INDEX>

@@ -43,13 +43,17 @@ struct IntOfSize;
 template <>
 struct IntOfSize<4> {
   typedef int32_t type;
+  typedef uint32_t without_sign;
 };
 template <>
 struct IntOfSize<8> {
   typedef int64_t type;
+  typedef uint64_t without_sign;
 };
 template <class T>
 using IntOf = typename IntOfSize<sizeof(T)>::type;
+template <class T>
+using UnsignedOf = typename IntOfSize<sizeof(T)>::without_sign;
 
 template <class T>
 FASTARCH_INLINE Vec<T> load(const T* p) {
