@@ -3,6 +3,7 @@
 
 #include "cpu/conv_relu_pool.h"
 #include "cpu/layout.h"
+#include "cpu/range.h"
 
 namespace {
 
@@ -47,6 +48,24 @@ void load_tile(const ConvReluPool& p, const Storage* x, int64_t top, int64_t lef
     memset(tile + end * channels, 0, (columns - end) * channels * sizeof(T));
     copy_block(tile + begin * channels, {channels, 1}, x + h * p.x.h + (left + begin - p.padding_w) * p.x.w,
                {p.x.w, p.x.c}, end - begin, live);
+  }
+}
+
+// The same of whole rows with all channels, as planes: tile[i][c][j] = x[c][top + i - padding_h][j - padding_w].
+template <class Storage>
+void load_planes(const ConvReluPool& p, const Storage* x, int64_t top, int64_t rows, int64_t columns,
+                 Compute<Storage>* tile) {
+  using T = Compute<Storage>;
+  const int64_t begin = least(p.padding_w, columns), end = most(begin, least(p.W + p.padding_w, columns));
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t h = top + i - p.padding_h;
+    const bool inside = h >= 0 && h < p.H;
+    for (int64_t c = 0; c < p.C; c++, tile += columns) {
+      for (int64_t j = 0; j < (inside ? begin : columns); j++) tile[j] = 0;
+      if (!inside) continue;
+      copy_block(tile + begin, {columns, 1}, x + c * p.x.c + h * p.x.h, {p.x.h, p.x.w}, 1, end - begin);
+      for (int64_t j = end; j < columns; j++) tile[j] = 0;
+    }
   }
 }
 
