@@ -55,7 +55,6 @@ void load_tile(const ConvReluPool& p, const Storage* x, int64_t top, int64_t lef
 template <class Storage>
 void load_planes(const ConvReluPool& p, const Storage* x, int64_t top, int64_t rows, int64_t columns,
                  Compute<Storage>* tile) {
-  using T = Compute<Storage>;
   const int64_t begin = least(p.padding_w, columns), end = most(begin, least(p.W + p.padding_w, columns));
   for (int64_t i = 0; i < rows; i++) {
     const int64_t h = top + i - p.padding_h;
