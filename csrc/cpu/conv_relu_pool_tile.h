@@ -62,7 +62,12 @@ void load_planes(const ConvReluPool& p, const Storage* x, int64_t top, int64_t r
     for (int64_t c = 0; c < p.C; c++, tile += columns) {
       for (int64_t j = 0; j < (inside ? begin : columns); j++) tile[j] = 0;
       if (!inside) continue;
-      copy_block(tile + begin, {columns, 1}, x + c * p.x.c + h * p.x.h, {p.x.h, p.x.w}, 1, end - begin);
+      const Storage* from = x + c * p.x.c + h * p.x.h;
+      if (p.x.w == 1) {
+        copy_row(tile + begin, from, end - begin);  // inlined: rows are short
+      } else {
+        copy_block(tile + begin, {columns, 1}, from, {p.x.h, p.x.w}, 1, end - begin);
+      }
       for (int64_t j = end; j < columns; j++) tile[j] = 0;
     }
   }
