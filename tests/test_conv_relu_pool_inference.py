@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from closeness import assert_close
-from conv_relu_pool_cases import CASES, Case, draw, geometry_of
+from conv_relu_pool_cases import CASES, Case, double, draw, geometry_of
 from torch import Tensor
 
 from fastarch import extension, routing
@@ -19,6 +19,7 @@ MANY = Case((1, 33, 7, 5), (100, 33, 3, 3), {"padding": 1, "pool": None})  # fil
 BLOCKS = [
     MANY,
     Case((2, 64, 6, 7), (48, 64, 1, 1), {"pool": None}),
+    Case((2, 40, 5, 3), (68, 40, 3, 3), {"padding": 1, "pool": None}),  # the last task's channels share a vector
     Case((3, 5, 19, 18), (7, 5, 3, 3), {"padding": 1, "pool": None}),  # two images share a vector
     Case((1, 3, 14, 13), (17, 3, 5, 5), {"stride": 2, "padding": 2, "pool": None}, bias=False),
     Case((2, 12, 9, 9), (24, 4, 3, 3), {"padding": 1, "groups": 3, "pool": None}),
@@ -38,10 +39,6 @@ def extras(case: Case, dtype: torch.dtype, channels_last: bool = False) -> tuple
     return scale, residual.contiguous(memory_format=torch.channels_last) if channels_last else residual
 
 
-def double(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.double() for t in tensors]
-
-
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES + BLOCKS, ids=str)
@@ -51,7 +48,7 @@ def test_values(case, dtype, channels_last):
     with torch.no_grad():
         y = conv_relu_pool(*tensors, **case.options, scale=scale, residual=residual)
     eager = op.reference(*tensors, *geometry, scale, residual)
-    truth = op.reference(*double(*tensors), *geometry, *double(scale, residual))
+    truth = op.reference(*double(tensors), *geometry, *double((scale, residual)))
     assert_close("y", y, eager, truth)
     assert y.stride() == torch.empty_like(y, memory_format=op.memory_format(tensors[0])).stride()
 
@@ -77,6 +74,23 @@ def test_integers_are_exact_by_every_algorithm(case, algorithm, threads_of_torch
         assert f"{algorithm} wants" in str(error)
         return
     assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS[:3])
+@pytest.mark.parametrize("pool", ["max", None])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_the_same_bits_for_any_number_of_threads(dtype, pool, algorithm, threads):
+    """Of a training step's forward as well, whose channels are cut among threads likewise."""
+    for case in (MANY, BLOCKS[2]):
+        case = case._replace(options={"padding": 1, "pool": pool})
+        tensors, (scale, _) = draw(case, dtype), extras(case, dtype)
+        results = []
+        for n in (1, 2, 3, 5):
+            threads(n)
+            results.append(op.fwd(*tensors, *geometry_of(case), algorithm, True, scale, None))
+        for output, index in results[1:]:
+            assert torch.equal(output, results[0][0])
+            assert torch.equal(index, results[0][1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
