@@ -285,9 +285,11 @@ FASTARCH_INLINE void softmax(int64_t vectors, T* s, T& top, T* sum, T* output, i
   for (int64_t v = 1; v < vectors; v++) highest = larger<T>(highest, load(s + v * LANES<T>));
   const T high = across<T>(highest, larger<T>);
   if (high > top + SLACK) {
-    const Vec<T> down = exp2<T>(splat<T>(top - high));
-    for (int64_t e = 0; e < width; e += LANES<T>) store(output + e, load(output + e) * down);
-    store(sum, load(sum) * down);
+    if (top != -INFINITE<T>) {  // else they are 0 still
+      const Vec<T> down = exp2<T>(splat<T>(top - high));
+      for (int64_t e = 0; e < width; e += LANES<T>) store(output + e, load(output + e) * down);
+      store(sum, load(sum) * down);
+    }
     top = high;
   }
   const T base = top == -INFINITE<T> ? T(0) : top;  // no key so far: 2^(-inf - 0) is 0
