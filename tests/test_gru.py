@@ -55,6 +55,8 @@ def test_one_step(case, dtype):
         Case(40, 17, 40, 130, lengths=True),  # rows are shared out
         Case(30, 1, 20, 330),  # hidden units, which meet after every step
         Case(30, 2, 20, 330, reverse=True, lengths=True, reset_after=False),
+        Case(5, 24, 20, 390, lengths=True),  # units, whose weights are many: forward
+        Case(5, 24, 20, 390, reverse=True, reset_after=False),
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ struct Backward {
   static constexpr int64_t COLUMNS = 2;        // vectors of a weight gradient that are summed together
   static constexpr int64_t GRADIENT_RUN = 64;  // rows whose share of a weight gradient is summed at once
   static constexpr int UNITS = TILE_ROWS < L ? TILE_ROWS : L;  // rows of it
+  static constexpr int64_t SHARED_UNITS = 32;                  // rows whose sums stay in the L1 cache over a chunk
   enum Gate { R, Z, N_, RESET_N };                             // panels: dr, dz, dn and, with reset_after, dn * r
   alignas(64) static constexpr T ZEROS[MOST_VECTORS * L] = {};
 
@@ -24,7 +25,7 @@ struct Backward {
   const int64_t G = p.reset_after ? 4 : 3;
   const int64_t chunk = least(p.T, ceil_div(CHUNK_ROWS, p.N)), rows = chunk * p.N, panel = rows * L;
   const int64_t input_blocks = ceil_div(p.C, L);
-  const int64_t input_groups = ceil_div(input_blocks, COLUMNS), state_groups = ceil_div(blocks, COLUMNS);
+  const int64_t input_groups = ceil_div(input_blocks, COLUMNS), groups = input_groups + ceil_div(blocks, COLUMNS);
 
   // panels [blocks of columns][3 * stride][L]: gates' units against the columns of inputs or states
   T *w_ih, *w_hh;
@@ -65,9 +66,10 @@ struct Backward {
            });
       each_worker(team, [&](int64_t worker) {
         if (a.dx) input_gradient(part_of(size(steps) * p.N, team.size, worker), steps);
-        const Range tasks = part_of((input_groups + state_groups) * 3, team.size, worker);
+        const Range tasks = part_of(3 * groups, team.size, worker);
         for (int64_t i = tasks.begin; i < tasks.end; i++)
-          if (i / 3 < input_groups ? a.dw_ih : a.dw_hh) weight_gradient(i, steps, packed + worker * COLUMNS * panel);
+          if (i % groups < input_groups ? a.dw_ih : a.dw_hh)
+            weight_gradient(i / groups, i % groups, steps, packed + worker * COLUMNS * panel);
         const Range sums = part_of(G * blocks, team.size, worker);
         for (int64_t i = sums.begin; i < sums.end; i++) bias_gradient(i, size(steps) * p.N);
       });
@@ -213,28 +215,40 @@ struct Backward {
   }
 
   // Adds the chunk's share of one gate's rows of dW_ih or dW_hh, COLUMNS vectors of them, in runs that begin at 0.
-  void weight_gradient(int64_t task, Range steps, T* packed) const {
-    const int64_t group = task / 3, g = task % 3, count = size(steps) * p.N;
+  void weight_gradient(int64_t g, int64_t group, Range steps, T* packed) const {
+    const int64_t count = size(steps) * p.N;
     const bool of_state = group >= input_groups;
     const int64_t columns = of_state ? p.H : p.C, column = (of_state ? group - input_groups : group) * COLUMNS * L;
     pack_rows(of_state, column, g, steps, packed);
     const T* const gradients = panel_row(of_state && g == 2 && p.reset_after ? int(RESET_N) : g, 0, 0);
     T* const to = (of_state ? dw_hh : dw_ih) + g * p.H * columns + column;
-    for (int64_t begin = 0; begin < count; begin += GRADIENT_RUN) {
-      const bool first = begin == 0 && steps.end == p.T;
-      for (int64_t unit = 0; unit < p.H; unit += UNITS) {
-        Vec<T> acc[UNITS][COLUMNS] = {};
-        multiply_add<UNITS, COLUMNS, T, L>(acc, gradients + unit / L * panel + unit % L + begin * L, every(1),
-                                           packed + begin * L, panel, least(GRADIENT_RUN, count - begin));
+    const bool first = steps.end == p.T;
+    for (int64_t units = 0; units < p.H; units += SHARED_UNITS) {
+      alignas(64) T sums[SHARED_UNITS][COLUMNS * L] = {};
+      const int64_t some = least(SHARED_UNITS, p.H - units);
+      for (int64_t begin = 0; begin < count; begin += GRADIENT_RUN) {
+        for (int64_t unit = 0; unit < some; unit += UNITS) {
+          Vec<T> acc[UNITS][COLUMNS] = {};
+          multiply_add<UNITS, COLUMNS, T, L>(acc,
+                                             gradients + (units + unit) / L * panel + (units + unit) % L + begin * L,
+                                             every(1), packed + begin * L, panel, least(GRADIENT_RUN, count - begin));
 #pragma GCC unroll 8
-        for (int i = 0; i < UNITS; i++) {
+          for (int i = 0; i < UNITS; i++) {
 #pragma GCC unroll 3
-          for (int v = 0; v < COLUMNS; v++) {
-            const int64_t left = columns - column - v * L;
-            T* const at = to + (unit + i) * columns + v * L;
-            if (unit + i >= p.H || left <= 0) continue;
-            store_as<T, T>(at, first ? acc[i][v] : load_as<T>(at, left) + acc[i][v], left);
+            for (int v = 0; v < COLUMNS; v++) {
+              T* const at = sums[unit + i] + v * L;
+              store(at, load(at) + acc[i][v]);
+            }
           }
+        }
+      }
+      for (int64_t unit = 0; unit < some; unit++) {
+        for (int64_t v = 0; v < COLUMNS; v++) {
+          const int64_t left = columns - column - v * L;
+          T* const at = to + (units + unit) * columns + v * L;
+          if (left <= 0) continue;
+          const Vec<T> sum = load(sums[unit] + v * L);
+          store_as<T, T>(at, first ? sum : load_as<T>(at, left) + sum, left);
         }
       }
     }
