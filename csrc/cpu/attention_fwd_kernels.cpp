@@ -3,12 +3,6 @@
 
 namespace {
 
-// Asks for a row that will be needed soon, for L2.
-template <class S>
-FASTARCH_INLINE void fetch(const S* row, int64_t width) {
-  for (int64_t e = 0; e < width; e += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + e, 0, 2);
-}
-
 template <class Storage>
 struct Forward {
   using T = Compute<Storage>;
