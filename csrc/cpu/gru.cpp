@@ -53,7 +53,7 @@ Team team_for(const Gru& p, bool keeps_units) {
   constexpr double WORTH_A_WORKER = IF_WORTH_IT * 2e6;      // operations: waking a core takes as long as some 1e6
   constexpr int64_t ROWS = 4, UNITS = 64;                   // of a worker
   constexpr double WORTH_A_MEETING = IF_WORTH_IT * 40'000;  // multiply-adds of a step, as long as one or two
-  constexpr double L2_WEIGHTS = 400'000;
+  constexpr double L2_WEIGHTS = 400'000;                    // 1.6 MB of floats
   const double step = 3.0 * p.N * p.H * p.H, all = 2.0 * p.T * (step + 3.0 * p.N * p.H * p.C);
   const auto at_most = [&](double workers) { return std::max<int64_t>(1, std::min<double>(threads(), workers)); };
   const int64_t by_rows = std::min(at_most(double(p.N) / ROWS), at_most(all / WORTH_A_WORKER));

@@ -68,7 +68,7 @@ struct Once {
           o.rows = rows, o.length = least(RUN, K - begin);
           const Storage* const from = w + g * w_step + l * K + begin;
           for (int64_t i = 0; i < rows; i++) copy_row(weights + i * RUN, from + i * K, o.length);
-          // those that come next are on their way while these are used: 2 to 4 % of a step of 64 rows
+          // those that come next are on their way while these are used: some 3 % of a step of 64 rows
           const Storage* const next = begin + RUN < K ? from + RUN : from - begin + rows * K;
           for (int64_t i = 0; i < rows; i++) fetch(next + i * K, RUN);
           each_group(balanced_rows(vectors, 3), {0, vectors}, [&](int64_t v, int64_t together) {
