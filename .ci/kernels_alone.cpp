@@ -48,7 +48,7 @@ void conv_relu_pool(ElementType type, const char* name) {
   p.stride_h = p.stride_w = p.padding_h = p.padding_w = p.dilation_h = p.dilation_w = 1;
   p.pool_h = p.pool_w = p.pool_stride_h = p.pool_stride_w = 2;
   p.x = {p.C * p.H * p.W, p.H * p.W, p.W, 1}, p.y = p.index = {p.K * p.PH * p.PW, p.PH * p.PW, p.PW, 1};
-  p.threads = 1;
+  p.threads = 1, p.relu = true;
   const auto x = draw<T>(p.N * p.x.n), w = draw<T>(p.K * p.C * 9), b = draw<T>(p.K), dy = draw<T>(p.N * p.y.n);
   std::vector<uint8_t> index(p.N * p.y.n);
   const struct {
@@ -65,14 +65,20 @@ void conv_relu_pool(ElementType type, const char* name) {
       kernel.run(p, x.data(), packed.at, nullptr, y.data(), index.data(), i, scratch.at);
     show(name, algorithm, y);
   }
-  {
-    const ConvReluPoolBwdWeight& kernel = conv_relu_pool_bwd_weight_generic.of[type];
+  const auto gradient = [&](const ConvReluPool& p, const ConvReluPoolBwdWeight& kernel, const Numbers<T>& dy) {
     Numbers<T> dw(w.size()), db(p.K);
     const Memory sums(kernel.sums_bytes(p)), scratch(kernel.scratch_bytes(p));
     for (int64_t i = 0; i < kernel.tasks(p); i++)
       kernel.run(p, x.data(), dy.data(), index.data(), sums.at, i, scratch.at);
     for (int64_t i = 0; i < p.K; i++) kernel.finish(p, sums.at, dw.data(), db.data(), i);
     show(name, "conv_dw", dw), show(name, "conv_db", db);
+  };
+  gradient(p, conv_relu_pool_bwd_weight_generic.of[type], dy);
+  {
+    ConvReluPool q = p;
+    q.relu = false, q.PH = q.OH, q.PW = q.OW, q.pool_h = q.pool_w = q.pool_stride_h = q.pool_stride_w = 1;
+    q.y = {q.K * q.OH * q.OW, q.OH * q.OW, q.OW, 1};
+    gradient(q, conv_relu_pool_winograd_bwd_weight_generic.of[type], draw<T>(q.N * q.y.n));
   }
   const ConvReluPoolBwdInput& kernel = conv_relu_pool_bwd_input_generic.of[type];
   Numbers<T> dx(x.size());

@@ -33,17 +33,18 @@ class Counterparts(NamedTuple):
 
 def conv_relu_pool(input, weight, bias, *rest) -> Counterparts:
     geometry = [tuple(v) if isinstance(v, list) else v for v in rest[:9]]
-    scale, residual = rest[11:] or (None, None)
+    scale, residual, relu = (*rest[11:], *(None, None, True)[len(rest[11:]) :])
     names = ("stride", "padding", "dilation", "groups", "pool", "pool_size", "pool_stride", "pool_padding", "ceil_mode")
     options = dict(zip(names, geometry))
     if options["pool"] == "none":
         options["pool"] = None
 
     def ours(input, weight, bias, scale, residual, **options):
-        return ops.conv_relu_pool(input, weight, bias, scale=scale, residual=residual, **options)
+        activation = "relu" if relu else None
+        return ops.conv_relu_pool(input, weight, bias, activation=activation, scale=scale, residual=residual, **options)
 
     def pytorchs(input, weight, bias, scale, residual):
-        return conv_relu_pool_reference(input, weight, bias, *geometry, scale, residual)
+        return conv_relu_pool_reference(input, weight, bias, *geometry, scale, residual, relu)
 
     return Counterparts((input, weight, bias, scale, residual), partial(ours, **options), pytorchs)
 

@@ -45,8 +45,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The model on our kernels: same parameters and buffers, state_dict keys, hooks and modes, other arithmetic.
 
     Layers that are exactly torch.nn's BatchNorm1d, 2d, 3d, SyncBatchNorm, GRU, GRUCell, MultiheadAttention,
-    TransformerEncoder, TransformerDecoder or one of their layers become ours. Where the forward of a module can be
-    written down as a graph of its children, chains in it become one call each, whether of layers, functions or methods:
+    TransformerEncoder, TransformerDecoder or one of their layers become ours, and Conv2d of 3x3 at stride 1. Where the
+    forward of a module can be written down as a graph of its children, chains in it become one call each, whether of
+    layers, functions or methods:
 
         Conv2d -> [BatchNorm2d] -> ReLU -> [MaxPool2d or AvgPool2d]
         BatchNorm -> [sum with another value] -> ReLU

@@ -94,8 +94,8 @@ def double(tensors) -> list[Tensor | None]:
     return [None if t is None else t.double() for t in tensors]
 
 
-def reference_of(geometry):
-    return lambda x, w, b: reference(x, w, b, *geometry)
+def reference_of(geometry, relu: bool = True):
+    return lambda x, w, b: reference(x, w, b, *geometry, relu=relu)
 
 
 def plan_of(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> op.Plan:

@@ -42,6 +42,7 @@ def problems(draw):
     options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, pool=pool)
     options |= dict(pool_size=pool_size, pool_stride=pool_stride, pool_padding=pool_padding)
     options |= dict(ceil_mode=pool == "max" and draw(st.booleans()))  # an average that overhangs may divide by 3
+    options |= dict(activation="relu" if pool else draw(st.sampled_from(["relu", None])))
     layouts = [draw(st.sampled_from(["contiguous", "channels_last", "sliced"])) for _ in range(2)]
     return (
         x,
@@ -94,7 +95,8 @@ def test_results_are_exact(problem):
         assert "want something to compute" in str(error)
         return
     note(f"{plan}")
-    reference = reference_of(plan.geometry)
+    relu = options["activation"] == "relu"
+    reference = reference_of(plan.geometry, relu)
     grad_output = laid_out(integers(on_torchs_own(reference, x, w, b).shape, 8), layout)
     got = run(lambda *t: op.conv_relu_pool(*t, **options), (x, w, b), grad_output)
     for name, want in on_torchs_own(run, reference, (x, w, b), grad_output).items():
@@ -105,5 +107,5 @@ def test_results_are_exact(problem):
     residual = laid_out(integers(grad_output.shape, 648), layout) if adds else None
     with torch.no_grad():
         y = op.conv_relu_pool(x, w, b, **options, scale=scale, residual=residual)
-    want = on_torchs_own(op.reference, x, w, b, *plan.geometry, scale, residual)
+    want = on_torchs_own(op.reference, x, w, b, *plan.geometry, scale, residual, relu)
     assert torch.equal(y, want), "inference"

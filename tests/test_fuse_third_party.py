@@ -74,7 +74,7 @@ CASES = {
     "resnet": Case(
         lambda: transformers.ResNetModel(transformers.ResNetConfig(**STAGES, layer_type="basic")),
         lambda: image(32),
-        {"chain of 3": 3, "BatchNorm2d": 6},
+        {"chain of 3": 3, "BatchNorm2d": 6, "Conv2d": 1},
     ),
     "regnet": Case(
         lambda: transformers.RegNetModel(transformers.RegNetConfig(**STAGES, groups_width=4)),
@@ -116,7 +116,7 @@ CASES = {
     "resnet18": Case(
         lambda: torchvision_resnet(basic, 1, [1, 1, 1, 1]),
         lambda: {"input": torch.randn(3, 3, 64, 64)},
-        {"chain of 4": 5, "chain of 3": 4, "BatchNorm2d": 12},
+        {"chain of 4": 5, "chain of 3": 4, "BatchNorm2d": 12, "Conv2d": 5},
     ),
     "lenet5": Case(torch_lenet5, lambda: {"input": torch.randn(3, 1, 32, 32)}, {"chain of 3": 2}),
 }

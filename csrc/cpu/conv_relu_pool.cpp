@@ -84,7 +84,7 @@ ConvReluPool problem(const Tensor& x, const Tensor& weight, const Geometry& g) {
   p.pool_h = g.pool_size[0], p.pool_w = g.pool_size[1], p.pool_stride_h = g.pool_stride[0],
   p.pool_stride_w = g.pool_stride[1];
   p.pool_padding_h = g.pool_padding[0], p.pool_padding_w = g.pool_padding[1];
-  p.average = average;
+  p.average = average, p.relu = true;
   const int64_t taps = p.R * p.S;
   p.w = memory_format(weight) == at::MemoryFormat::ChannelsLast ? FilterStrides{p.C * taps, 1, p.C}
                                                                 : FilterStrides{p.C * taps, taps, 1};
@@ -181,15 +181,28 @@ int64_t channels_at_once(const ConvReluPool& p, const ConvReluPoolFwd& kernel, i
   return ((p.K + p.threads - 1) / p.threads + VECTORS - 1) / VECTORS * VECTORS;
 }
 
+void run(const ConvReluPool& p, const ConvReluPoolFwd& kernel, const Operands& operands, int64_t element,
+         int64_t element_of_a) {
+  const int64_t channels = channels_at_once(p, kernel, element);
+  if (channels < p.K) {
+    run_by_channels(p, kernel, operands, channels, element, element_of_a);
+  } else {
+    run_by_places(p, kernel, operands);
+  }
+}
+
 std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                               IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                               int64_t groups, std::string_view pool, IntArrayRef pool_size,
                                               IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
                                               std::string_view algorithm, bool save_index, const OptionalTensor& scale,
-                                              const OptionalTensor& residual) {
+                                              const OptionalTensor& residual, bool relu) {
   ConvReluPool p =
       problem(x, weight, {stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode});
+  p.relu = relu;
   const ElementType type = element_type("conv_relu_pool", x);
+  TORCH_CHECK_VALUE(relu || (pool == "none" && !save_index && algorithm != "library"),
+                    "conv_relu_pool: without ReLU want neither pool nor index nor a library's convolution");
   TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "conv_relu_pool: want bias [",
                     weight.size(0), "]");
   TORCH_CHECK_TYPE(!bias || bias->scalar_type() == x.scalar_type(), "conv_relu_pool: input is ", x.scalar_type(),
@@ -237,30 +250,60 @@ std::tuple<Tensor, Tensor> conv_relu_pool_fwd(const Tensor& x, const Tensor& wei
                           r,
                           y.data_ptr(),
                           at};
-  const int64_t channels = channels_at_once(p, kernel, x.element_size());
-  if (channels < p.K) {
-    run_by_channels(p, kernel, operands, channels, x.element_size(), scale ? a.element_size() : 0);
-  } else {
-    run_by_places(p, kernel, operands);
-  }
+  run(p, kernel, operands, x.element_size(), scale ? a.element_size() : 0);
   return {y, index};
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
+// The gradient of the input where nothing is pooled, as a convolution: of dy with the filters turned by half a turn,
+// and with input and output channels exchanged.
+ConvReluPool adjoint(const ConvReluPool& p) {
+  ConvReluPool q = p;
+  q.C = p.K, q.H = p.OH, q.W = p.OW, q.K = p.C, q.OH = q.PH = p.H, q.OW = q.PW = p.W;
+  q.padding_h = p.R - 1 - p.padding_h, q.padding_w = p.S - 1 - p.padding_w;
+  q.x = p.y, q.y = p.x, q.w = {p.w.c, p.w.k, p.w.tap};
+  q.relu = false, q.turned = true;
+  return q;
+}
+
+// The gradient that ReLU lets through, where nothing is pooled.
+Tensor surviving(const Tensor& dy, const Tensor& index, at::MemoryFormat format) {
+  const Tensor from = dy.contiguous(format), cut = index.contiguous(format),
+               to = fresh(dy.sizes(), format, dy.options());
+  const auto copy = [&](auto element) {
+    using Element = decltype(element);
+    const auto* dy = static_cast<const Element*>(from.const_data_ptr());
+    const uint8_t* index = cut.const_data_ptr<uint8_t>();
+    auto* g = static_cast<Element*>(to.data_ptr());
+    constexpr int64_t CHUNK = 1 << 14;
+    const int64_t n = to.numel();
+    parallel((n + CHUNK - 1) / CHUNK, 0, double(n), [=](int64_t task, void*) {
+      const int64_t begin = task * CHUNK, end = std::min(n, begin + CHUNK);
+      for (int64_t i = begin; i < end; i++) g[i] = dy[i] & Element(Element(index[i] != 0) - 1);  // a branch: 5 times
+    });
+  };
+  dy.element_size() == 2 ? copy(uint16_t()) : dy.element_size() == 4 ? copy(uint32_t()) : copy(uint64_t());  // bits
+  return to;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
                                                       const Tensor& index, IntArrayRef stride, IntArrayRef padding,
                                                       IntArrayRef dilation, int64_t groups, std::string_view pool,
                                                       IntArrayRef pool_size, IntArrayRef pool_stride,
-                                                      IntArrayRef pool_padding, bool ceil_mode, std::string_view,
-                                                      std::array<bool, 3> wanted) {
+                                                      IntArrayRef pool_padding, bool ceil_mode,
+                                                      std::string_view algorithm, std::array<bool, 3> wanted) {
   ConvReluPool p =
       problem(x, weight, {stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode});
   const ElementType type = element_type("conv_relu_pool", x);
   const std::array<int64_t, 4> output{p.N, p.G * p.K, p.PH, p.PW};
-  TORCH_CHECK_VALUE(dy.sizes() == IntArrayRef(output) && index.sizes() == IntArrayRef(output),
-                    "conv_relu_pool: want grad_output and index ", IntArrayRef(output), ", got ", dy.sizes(), " and ",
-                    index.sizes());
-  TORCH_CHECK_TYPE(dy.scalar_type() == x.scalar_type() && index.scalar_type() == at::kByte, "conv_relu_pool: input is ",
-                   x.scalar_type(), ", grad_output is ", dy.scalar_type(), ", index is ", index.scalar_type());
+  const bool unpooled = algorithm == "winograd" && pool == "none" && groups == 1;
+  if (unpooled) forward(p, algorithm);  // checks
+  const bool relu = !unpooled || index.numel() > 0;
+  TORCH_CHECK_VALUE(grad_output.sizes() == IntArrayRef(output) && (!relu || index.sizes() == IntArrayRef(output)),
+                    "conv_relu_pool: want grad_output and index ", IntArrayRef(output), ", got ", grad_output.sizes(),
+                    " and ", index.sizes(), ", which may be empty for winograd without ReLU, pool and groups");
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == x.scalar_type() && index.scalar_type() == at::kByte,
+                   "conv_relu_pool: input is ", x.scalar_type(), ", grad_output is ", grad_output.scalar_type(),
+                   ", index is ", index.scalar_type());
   const auto [want_x, want_weight, want_bias] = wanted;
   const auto gradient = [&](bool want, IntArrayRef sizes, at::MemoryFormat format) {
     return want ? fresh(sizes, format, x.options()) : at::empty({0}, x.options());
@@ -268,16 +311,20 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Te
   const Tensor dx = gradient(want_x, x.sizes(), memory_format(x));
   const Tensor dw = gradient(want_weight, weight.sizes(), memory_format(weight));  // autograd would copy it into that
   const Tensor db = gradient(want_bias, {weight.size(0)}, at::MemoryFormat::Contiguous);
-  if (dy.numel() == 0) return {dx, dw.zero_(), db.zero_()};
-  p.y = strides_of(dy), p.index = strides_of(index);
+  if (grad_output.numel() == 0) return {dx, dw.zero_(), db.zero_()};
+  const Tensor dy = unpooled && relu ? surviving(grad_output, index, memory_format(x)) : grad_output;
+  const uint8_t* at = unpooled ? nullptr : index.const_data_ptr<uint8_t>();
+  p.y = strides_of(dy);
+  if (!unpooled) p.index = strides_of(index);
 
   if (want_weight || want_bias) {
     p.x = strides_of(x);
-    const ConvReluPoolBwdWeight& kernel = FASTARCH_SELECT(conv_relu_pool_bwd_weight).of[type];
+    const ConvReluPoolBwdWeights& kernels =
+        unpooled ? FASTARCH_SELECT(conv_relu_pool_winograd_bwd_weight) : FASTARCH_SELECT(conv_relu_pool_bwd_weight);
+    const ConvReluPoolBwdWeight& kernel = kernels.of[type];
     const Tensor sums = workspace(kernel.sums_bytes(p));
     parallel(kernel.tasks(p), kernel.scratch_bytes(p), operations(p), [&](int64_t task, void* scratch) {
-      kernel.run(p, x.const_data_ptr(), dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), sums.data_ptr(), task,
-                 scratch);
+      kernel.run(p, x.const_data_ptr(), dy.const_data_ptr(), at, sums.data_ptr(), task, scratch);
     });
     parallel(p.G * p.K, 0, 16.0 * weight.numel(), [&](int64_t channel, void*) {
       kernel.finish(p, sums.data_ptr(), want_weight ? dw.data_ptr() : nullptr, want_bias ? db.data_ptr() : nullptr,
@@ -286,14 +333,19 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& dy, const Te
   }
   if (want_x) {
     p.x = strides_of(dx);
-    const ConvReluPoolBwdInput& kernel = FASTARCH_SELECT(conv_relu_pool_bwd_input).of[type];
     const Tensor filters = weight.contiguous(memory_format(weight));
+    if (unpooled) {
+      const Operands operands{
+          dy.const_data_ptr(), filters.const_data_ptr(), nullptr, nullptr, nullptr, dx.data_ptr(), nullptr};
+      run(adjoint(p), FASTARCH_SELECT(conv_relu_pool_winograd).of[type], operands, x.element_size(), 0);
+      return {dx, dw, db};
+    }
+    const ConvReluPoolBwdInput& kernel = FASTARCH_SELECT(conv_relu_pool_bwd_input).of[type];
     const Tensor packed = workspace(kernel.packed_bytes(p));
     parallel(kernel.pack_tasks(p), 0, 16.0 * weight.numel(),
              [&](int64_t task, void*) { kernel.pack(p, filters.const_data_ptr(), packed.data_ptr(), task); });
     parallel(kernel.tasks(p), kernel.scratch_bytes(p), operations(p), [&](int64_t task, void* scratch) {
-      kernel.run(p, packed.data_ptr(), dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), dx.data_ptr(), task,
-                 scratch);
+      kernel.run(p, packed.data_ptr(), dy.const_data_ptr(), at, dx.data_ptr(), task, scratch);
     });
   }
   return {dx, dw, db};

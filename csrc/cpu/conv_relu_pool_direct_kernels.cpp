@@ -246,7 +246,7 @@ struct Direct {
           block_of<V, X>(n)(layout, from + i * step, step, w, taps(p) * L, bias, value + i * V * L);
         }
       };
-      const Rectified<Storage, T> rectified{y, r};
+      const Rectified<Storage, T> rectified{y, r, p.relu};
       return write_rows(p, begin, end, V * L, live, convolve_row, scratch, rectified, y, index, images, L / 2);
     }
     const auto convolve = [&](int64_t row, const Ring<T>& ring) {
@@ -302,7 +302,7 @@ struct Direct {
         run_vectors(p, layout, begin, end, elements, top, filters + k * taps(p), bias + k, live, live_images, rest,
                     added, to, at);
       };
-      with_pool<T>(p.average, index, [&](auto pool) {
+      with_pool<T>(p, index, [&](auto pool) {
         using Pool = decltype(pool);
         if constexpr (sizeof(T) == sizeof(float)) {
           if (images(p) == 2) return run_on(run_vectors<1, Pool, Pair>, reinterpret_cast<const Pair*>(tile));

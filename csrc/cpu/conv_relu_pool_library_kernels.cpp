@@ -36,7 +36,7 @@ struct Library {
   static void run(const ConvReluPool& p, const void* v, const void*, const void* r, void* y, uint8_t* index,
                   int64_t task, void* scratch) {
     const int64_t n = task / chunks(p);
-    with_pool<T>(p.average, index, [&](auto pool) {
+    with_pool<T>(p, index, [&](auto pool) {
       run_chunk<decltype(pool)>(p, static_cast<const Storage*>(v) + n * p.OH * p.OW * p.G * p.K,
                                 r ? static_cast<const Storage*>(r) + n * p.y.n : nullptr,
                                 static_cast<Storage*>(y) + n * p.y.n, index ? index + n * p.index.n : nullptr,

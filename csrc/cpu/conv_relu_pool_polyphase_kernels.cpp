@@ -56,7 +56,7 @@ struct Polyphase {
           copy_block(tap, {L, 1}, from + c * p.w.c + (r * p.S + s) * p.w.tap, {1, p.w.k}, 1, live);
         }
       }
-      Domain::transform_filter(taps, load(factors), filters + (k0 * POINTS * channels(p)) + channel(p, c, a, b) * L,
+      Domain::transform_filter(taps, L, load(factors), filters + (k0 * POINTS * channels(p)) + channel(p, c, a, b) * L,
                                channels(p) * L);
     }
     load_channels(bias ? static_cast<const Storage*>(bias) + first : nullptr, live, T(0),
@@ -165,7 +165,7 @@ struct Polyphase {
   static void run(const ConvReluPool& p, const void* x, const void* packed, const void* r, void* y, uint8_t* index,
                   int64_t task, void* scratch) {
     const int64_t n = task / (p.G * bands(p)), group = task / bands(p) % p.G, begin = task % bands(p) * band(p);
-    with_pool<T>(p.average, index, [&](auto pool) {
+    with_pool<T>(p, index, [&](auto pool) {
       run_band<decltype(pool)>(p, begin, least(begin + band(p), p.PH),
                                static_cast<const Storage*>(x) + n * p.x.n + group * p.C * p.x.c,
                                static_cast<const T*>(packed) + group * group_elements(p),

@@ -84,25 +84,38 @@ struct Average {
   FASTARCH_INLINE void finish(int64_t divisor) { value /= splat(T(divisor)); }
 };
 
+// Without ReLU, and a window of one element.
+template <class T>
+struct Linear {
+  Vec<T> value;
+  Vec<IntOf<T>> index = {};
+
+  FASTARCH_INLINE void take(Vec<T> v, int64_t) { value = v; }
+  FASTARCH_INLINE void finish(int64_t) {}
+};
+
 // Calls body with an object of the pool that is wanted.
 template <class T, class Body>
-FASTARCH_INLINE void with_pool(bool average, bool index, const Body& body) {
-  if (average) {
+FASTARCH_INLINE void with_pool(const ConvReluPool& p, bool index, const Body& body) {
+  if (!p.relu) {
+    body(Linear<T>{});
+  } else if (p.average) {
     index ? body(Average<T, true>{}) : body(Average<T, false>{});
   } else {
     index ? body(Max<T, true>{}) : body(Max<T, false>{});
   }
 }
 
-// relu(v + r) on the way into y, for a residual r laid out as y or nullptr. NaN stays.
+// relu(v + r) on the way into y, for a residual r laid out as y or nullptr, or without ReLU. NaN stays.
 template <class Storage, class T>
 struct Rectified {
   static constexpr bool COPIES = false;
   const Storage *y, *r;
+  bool relu;
 
   FASTARCH_INLINE Vec<T> operator()(Vec<T> v, const Storage* at, int64_t n) const {
     if (r) v += load_as<T>(r + (at - y), n);
-    return (v > Vec<T>{}) | (v != v) ? v : Vec<T>{};
+    return !relu ? v : (v > Vec<T>{}) | (v != v) ? v : Vec<T>{};
   }
 };
 
@@ -231,7 +244,8 @@ void pool_rows(const ConvReluPool& p, int64_t begin, int64_t end, int64_t width,
     }
   };
   T* const rest = scratch + ring.length * ring.row;
-  if (r) return write_rows(p, begin, end, width, live, from_ring, rest, Rectified<Storage, T>{y, r}, y, nullptr);
+  if (r)
+    return write_rows(p, begin, end, width, live, from_ring, rest, Rectified<Storage, T>{y, r, p.relu}, y, nullptr);
   write_rows(p, begin, end, width, live, from_ring, rest, AsItIs{}, y, index, images, share);
 }
 

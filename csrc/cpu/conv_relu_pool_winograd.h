@@ -30,6 +30,15 @@ struct Transform<3> {
   static FASTARCH_INLINE void output(const V m[4], V y[2]) {  // A' m
     y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3];
   }
+  template <class V>
+  static FASTARCH_INLINE void gradient(const V dy[2], V t[4]) {  // A dy
+    t[0] = dy[0], t[1] = dy[0] + dy[1], t[2] = dy[0] - dy[1], t[3] = -dy[1];
+  }
+  template <class V>
+  static FASTARCH_INLINE void filter_gradient(const V t[4], V dg[3]) {  // G' t
+    const V even = (t[1] + t[2]) / 2;
+    dg[0] = t[0] + even, dg[1] = (t[1] - t[2]) / 2, dg[2] = even + t[3];
+  }
 };
 
 template <>
@@ -57,12 +66,13 @@ struct Products {
   static constexpr int L = LANES<T>;
   static constexpr int SIDE = TAPS + 1, POINTS = SIDE * SIDE;
 
-  // G g G' of up to L filters at once, each times its scale: taps [r * TAPS + s][lane] to points [point * step][lane].
-  static FASTARCH_INLINE void transform_filter(const T* taps, Vec<T> scale, T* points, int64_t step) {
+  // G g G' of up to L filters at once, each times its scale: taps [(r * TAPS + s) * tap][lane] to points [point *
+  // step][lane].
+  static FASTARCH_INLINE void transform_filter(const T* taps, int64_t tap, Vec<T> scale, T* points, int64_t step) {
     Vec<T> columns[TAPS][SIDE];
     for (int s = 0; s < TAPS; s++) {
       Vec<T> g[TAPS];
-      for (int r = 0; r < TAPS; r++) g[r] = load(taps + (r * TAPS + s) * L) * scale;
+      for (int r = 0; r < TAPS; r++) g[r] = load(taps + (r * TAPS + s) * tap) * scale;
       Transform<TAPS>::filter(g, columns[s]);
     }
     for (int i = 0; i < SIDE; i++) {
@@ -70,6 +80,22 @@ struct Products {
       for (int s = 0; s < TAPS; s++) row[s] = columns[s][i];
       Transform<TAPS>::filter(row, u);
       for (int j = 0; j < SIDE; j++) store(points + (i * SIDE + j) * step, u[j]);
+    }
+  }
+
+  // The adjoint, G' m G: points [point] to taps [r * TAPS + s][lane].
+  static FASTARCH_INLINE void transform_filter_gradient(const Vec<T> points[POINTS], T* taps) {
+    Vec<T> columns[SIDE][TAPS];
+    for (int j = 0; j < SIDE; j++) {
+      Vec<T> m[SIDE];
+      for (int i = 0; i < SIDE; i++) m[i] = points[i * SIDE + j];
+      Transform<TAPS>::filter_gradient(m, columns[j]);
+    }
+    for (int r = 0; r < TAPS; r++) {
+      Vec<T> row[SIDE], dg[TAPS];
+      for (int j = 0; j < SIDE; j++) row[j] = columns[j][r];
+      Transform<TAPS>::filter_gradient(row, dg);
+      for (int s = 0; s < TAPS; s++) store(taps + (r * TAPS + s) * L, dg[s]);
     }
   }
 
@@ -94,6 +120,24 @@ struct Products {
         for (int j = 0; j < SIDE; j++) store(points + (i * SIDE + j) * step, v[j]);
         for (int j = 0; j < SIDE - 2; j++) columns[j][i] = columns[j + 2][i];
       }
+    }
+  }
+
+  // The point of A dy A' that is the sum of the tile, where both dimensions' transforms are.
+  static constexpr int SUM = SIDE + 1;
+
+  // A dy A' of one tile for one vector of channels: rows of dy are `row` apart; points to points + point * step.
+  static FASTARCH_INLINE void transform_gradient(const T* dy, int64_t row, T* points, int64_t step) {
+    Vec<T> columns[2][SIDE];
+    for (int j = 0; j < 2; j++) {
+      const Vec<T> column[2] = {load(dy + j * L), load(dy + row + j * L)};
+      Transform<TAPS>::gradient(column, columns[j]);
+    }
+    for (int i = 0; i < SIDE; i++) {
+      const Vec<T> pair[2] = {columns[0][i], columns[1][i]};
+      Vec<T> t[SIDE];
+      Transform<TAPS>::gradient(pair, t);
+      for (int j = 0; j < SIDE; j++) store(points + (i * SIDE + j) * step, t[j]);
     }
   }
 

@@ -4,9 +4,8 @@
 // A task is a block of tiles, across rows and images: its inputs are transformed once, then for every block of output
 // channels the products over the input channels run in registers and are transformed, pooled and written from the
 // cache.
-#include "cpu/conv_relu_pool_tile.h"
 #include "cpu/conv_relu_pool_window.h"
-#include "cpu/conv_relu_pool_winograd.h"
+#include "cpu/conv_relu_pool_winograd_tiles.h"
 
 namespace {
 
@@ -38,65 +37,43 @@ struct Winograd {
     T taps[CHUNK * 9 * L] = {};  // [c][3][3][lane]
     for (int64_t c0 = 0; c0 < p.C; c0 += CHUNK) {
       const int64_t channels = least(CHUNK, p.C - c0);
-      if (p.w.tap == 1) copy_block(taps, {L, 1}, from + c0 * 9, {1, p.w.k}, channels * 9, live);
-      for (int64_t tap = 0; p.w.tap != 1 && tap < 9; tap++)
-        copy_block(taps + tap * L, {9 * L, 1}, from + tap * p.w.tap + c0, {1, p.w.k}, channels, live);
+      const Storage* chunk = from + c0 * p.w.c;
+      if (p.w.tap == 1 && p.w.c == 9) {
+        copy_block(taps, {L, 1}, chunk, {1, p.w.k}, channels * 9, live);
+      } else if (p.w.tap == 1) {
+        for (int64_t c = 0; c < channels; c++)
+          copy_block(taps + c * 9 * L, {L, 1}, chunk + c * p.w.c, {1, p.w.k}, 9, live);
+      } else {
+        for (int64_t tap = 0; tap < 9; tap++)
+          copy_block(taps + tap * L, {9 * L, 1}, chunk + tap * p.w.tap, {p.w.c, p.w.k}, channels, live);
+      }
       for (int64_t c = 0; c < channels; c++) {
-        Domain::transform_filter(taps + c * 9 * L, load(factors), to + (c0 + c) * L, p.C * L);
+        const T* first = taps + (c * 9 + (p.turned ? 8 : 0)) * L;
+        Domain::transform_filter(first, p.turned ? -L : L, load(factors), to + (c0 + c) * L, p.C * L);
       }
     }
     load_channels(bias ? static_cast<const Storage*>(bias) + channel : nullptr, live, T(0),
                   group_start + filter_elements(p) + k0);
   }
 
-  // Tiles: one per pooled output, or covering the convolution where nothing is pooled.
-  static bool pooled(const ConvReluPool& p) { return p.pool_h == 2; }
-  static int64_t tile_rows(const ConvReluPool& p) { return pooled(p) ? p.PH : ceil_div(p.OH, 2); }
-  static int64_t tile_columns(const ConvReluPool& p) { return pooled(p) ? p.PW : ceil_div(p.OW, 2); }
-  static int64_t tiles(const ConvReluPool& p) { return p.N * tile_rows(p) * tile_columns(p); }
   static int64_t slices(const ConvReluPool& p) { return ceil_div(p.C, L); }  // vectors of input channels
 
   // Tiles of one task.
   static int64_t block(const ConvReluPool& p) {
     const int64_t fitting = INPUTS_BYTES / (POINTS * slices(p) * L * int64_t(sizeof(T)));
-    const int64_t shared = ceil_div(tiles(p) * p.G, 2 * p.threads);
+    const int64_t shared = ceil_div(tiles_of(p) * p.G, 2 * p.threads);
     return PRODUCT_ROWS * most(1, least(least(fitting, shared), 4 * PRODUCT_ROWS) / PRODUCT_ROWS);
   }
-  static int64_t blocks(const ConvReluPool& p) { return ceil_div(tiles(p), block(p)); }
+  static int64_t blocks(const ConvReluPool& p) { return ceil_div(tiles_of(p), block(p)); }
   static int64_t tasks(const ConvReluPool& p) { return p.G * blocks(p); }
 
   // Scratch: inputs [slice][point][tile][lane] | products [tile][point][2 lanes] | a strip of input, later the outputs.
   static int64_t inputs_elements(const ConvReluPool& p) { return slices(p) * POINTS * block(p) * L; }
   static int64_t products_elements(const ConvReluPool& p) { return block(p) * Domain::template TILE<2>; }
-  static int64_t strip_elements(const ConvReluPool& p) { return 4 * (2 * block(p) + 2) * L; }
   static int64_t outputs_elements(const ConvReluPool& p) { return 4 * block(p) * 2 * L; }
   static int64_t scratch_bytes(const ConvReluPool& p) {
-    const int64_t last = most(strip_elements(p), 2 * outputs_elements(p));
+    const int64_t last = most(strip_elements<T>(block(p)), 2 * outputs_elements(p));
     return (inputs_elements(p) + products_elements(p) + last) * sizeof(T);
-  }
-  // Tiles [first, first + count) of a block lie side by side: in one row of tiles, or in one image.
-  struct Segment {
-    int64_t n, row, column, first, count;
-  };
-  template <class Visit>
-  static void segments(const ConvReluPool& p, int64_t begin, int64_t end, bool across_rows, Visit visit) {
-    const int64_t columns = tile_columns(p), image = tile_rows(p) * columns, span = across_rows ? image : columns;
-    for (int64_t t = begin, count; t < end; t += count) {
-      count = least(span - t % span, end - t);
-      visit(Segment{t / image, t % image / columns, t % columns, t - begin, count});
-    }
-  }
-
-  // B' d B of every tile of a segment; x points to the group's first channel of the image.
-  static void transform_inputs(const ConvReluPool& p, const Segment& s, const Storage* x, T* strip, T* inputs) {
-    const int64_t columns = 2 * s.count + 2, step = block(p) * L;  // between points
-    for (int64_t slice = 0; slice < slices(p); slice++) {
-      const int64_t live = least(L, p.C - slice * L);
-      load_tile<Storage>(p, x + slice * L * p.x.c, 2 * s.row, 2 * s.column, 4, columns, L, live, strip);
-      const T* rows[4];
-      for (int i = 0; i < 4; i++) rows[i] = strip + i * columns * L;
-      Domain::transform_inputs(rows, L, s.count, inputs + slice * POINTS * step + s.first * L, step);
-    }
   }
 
   // Bias, ReLU and pool of a segment for V vectors of output channels, `live` of them real. value and index: [tile][V *
@@ -146,7 +123,7 @@ struct Winograd {
       const int64_t to = (2 * s.row + i) * p.y.h + 2 * s.column * p.y.w;
       const T* from = value + i * columns * V * L;
       if (r) {
-        copy_block(y + to, {p.y.w, p.y.c}, from, {V * L, 1}, width, live, Rectified<Storage, T>{y, r});
+        copy_block(y + to, {p.y.w, p.y.c}, from, {V * L, 1}, width, live, Rectified<Storage, T>{y, r, p.relu});
         continue;
       }
       copy_block(y + to, {p.y.w, p.y.c}, from, {V * L, 1}, width, live);
@@ -171,18 +148,18 @@ struct Winograd {
   static void run(const ConvReluPool& p, const void* x, const void* packed, const void* r, void* y, uint8_t* index,
                   int64_t task, void* scratch) {
     const int64_t group = task / blocks(p), begin = task % blocks(p) * block(p),
-                  end = least(begin + block(p), tiles(p));
+                  end = least(begin + block(p), tiles_of(p));
     T* inputs = static_cast<T*>(scratch);
     T* products = inputs + inputs_elements(p);
     segments(p, begin, end, false, [&](const Segment& s) {
       const Storage* image = static_cast<const Storage*>(x) + s.n * p.x.n + group * p.C * p.x.c;
-      transform_inputs(p, s, image, products + products_elements(p), inputs);
+      transform_inputs(p, s, image, p.C, products + products_elements(p), inputs, block(p) * L);
     });
     const T* filters = static_cast<const T*>(packed) + group * group_elements(p);
     const T* bias = filters + filter_elements(p);
     for (int64_t k = 0; k < p.K; k += 2 * L) {
       const int64_t live = least(2 * L, p.K - k), channel = group * p.K + k;
-      with_pool<T>(p.average, index, [&](auto pool) {
+      with_pool<T>(p, index, [&](auto pool) {
         (live > L ? run_vectors<decltype(pool), 2>
                   : run_vectors<decltype(pool), 1>)(p, begin, end, inputs, filters + k * POINTS * p.C, bias + k, live,
                                                     products,

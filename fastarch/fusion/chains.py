@@ -26,12 +26,13 @@ from fastarch.ops.conv_relu_pool import adds_residual
 
 OUR_NORMS = (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d, ours.SyncBatchNorm)
 NORMS_OF_IMAGES = (ours.BatchNorm2d, ours.SyncBatchNorm)
+CONVOLUTIONS = (nn.Conv2d, ours.Conv2d)
 NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *OUR_NORMS}
 ATTENTION = F.scaled_dot_product_attention.__name__
 POOLS = {"max": F.max_pool2d, "avg": F.avg_pool2d}
 
 # what may stand between the parts of a chain, as a skip connection's own layers do: it changes none of its inputs
-HARMLESS_LAYERS = {nn.Sequential, nn.Identity, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *NORMS} | {
+HARMLESS_LAYERS = {nn.Sequential, nn.Identity, nn.Conv1d, *CONVOLUTIONS, nn.Conv3d, nn.Linear, *NORMS} | {
     *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.Dropout)
 }
 HARMLESS_FUNCTIONS = {operator.add, operator.mul, torch.add, torch.mul, torch.cat, torch.relu, F.pad}
@@ -55,7 +56,7 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a layer could be part of a chain but for its hooks."""
-    known = type(module) in {nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, *NORMS}
+    known = type(module) in {*CONVOLUTIONS, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, *NORMS}
     return known and not is_plain(module, type(module))
 
 
@@ -75,7 +76,7 @@ def begins_chain(module: nn.Module) -> Iterator[bool]:
     for child in module.children():
         if type(child).forward is nn.Module.forward:
             yield from begins_chain(child)
-        yield type(child) in {nn.Conv2d, *NORMS}
+        yield type(child) in {*CONVOLUTIONS, *NORMS}
 
 
 def is_relu(relu: nn.Module | bool) -> bool:
@@ -112,7 +113,7 @@ def run_convolution(
     """pool(relu(norm(conv(x)) + residual)); relu is a layer, or says whether the function worked in place."""
     window = window_of(pool) if isinstance(pool, nn.Module) else pool
     if (
-        is_plain(conv, nn.Conv2d)
+        is_plain(conv, *CONVOLUTIONS)
         and conv.padding_mode == "zeros"
         and (norm is None or may_fold(conv, norm))
         and is_relu(relu)
@@ -234,7 +235,7 @@ class Graph:
         before = relu.args[0]
         if len(before.users) > 1:
             return None
-        if self.layer(before, nn.Conv2d):
+        if self.layer(before, *CONVOLUTIONS):
             return self.convolution(before, None, relu, argument)
         if self.layer(before, *NORMS):
             conv = before.args[0]
@@ -261,7 +262,7 @@ class Graph:
     def makes_images_for(self, norm: fx.Node) -> bool:
         """Whether what a batch norm takes is the output of a Conv2d, which nothing else takes."""
         conv = norm.args[0]
-        return len(conv.users) == 1 and self.layer(conv, nn.Conv2d) and not self.layer(norm, nn.BatchNorm1d)
+        return len(conv.users) == 1 and self.layer(conv, *CONVOLUTIONS) and not self.layer(norm, nn.BatchNorm1d)
 
     def convolution(self, conv: fx.Node, norm: fx.Node | None, relu: fx.Node, argument: fx.Node | bool) -> str | None:
         pool = window = None

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastarch import nn as ours
 from fastarch.nn import leaf
+from fastarch.nn.conv_relu_pool import has_fewer_products
 
 MARK = "fastarch_before"  # the attribute of a fused module that says what it was
 
@@ -30,6 +31,7 @@ class Swap(NamedTuple):
 
 
 SWAPS = {
+    nn.Conv2d: Swap(ours.Conv2d),
     nn.BatchNorm1d: Swap(ours.BatchNorm1d, {"activation": None}),
     nn.BatchNorm2d: Swap(ours.BatchNorm2d, {"activation": None}),
     nn.BatchNorm3d: Swap(ours.BatchNorm3d, {"activation": None}),
@@ -67,11 +69,12 @@ def why_left(module: nn.Module) -> str | None:
 
 
 def twin(module: nn.Module) -> type[nn.Module] | None:
-    """The class of torch.nn with a twin here that a module is of, or derives from."""
+    """The class of torch.nn with a twin here, faster for what it computes, that a module is of, or derives from."""
     if type(module) in OURS:
         return None
     layers = (*type(module).__mro__, getattr(type(module), "cls_to_become", None))  # what a lazy layer will be
-    return next((layer for layer in layers if layer in SWAPS), None)
+    layer = next((layer for layer in layers if layer in SWAPS), None)
+    return None if layer is nn.Conv2d and not has_fewer_products(module) else layer
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:

@@ -7,7 +7,7 @@ from fastarch.nn.alignment import BahdanauAttention, DotAttention
 from fastarch.nn.attention import MultiheadAttention, SinusoidalPositionalEncoding
 from fastarch.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, fold_batch_norm
 from fastarch.nn.conv_bn_relu_pool import conv_bn_relu_pool
-from fastarch.nn.conv_relu_pool import ConvReLUPool1d, ConvReLUPool2d
+from fastarch.nn.conv_relu_pool import Conv2d, ConvReLUPool1d, ConvReLUPool2d
 from fastarch.nn.gru import GRU, GRUCell
 from fastarch.nn.gru_weights import convert_gru_weights
 from fastarch.nn.transformer import (
@@ -25,6 +25,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Conv2d",
     "ConvReLUPool1d",
     "ConvReLUPool2d",
     "DotAttention",

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fastarch import ops
+from fastarch.nn.conv_relu_pool import Conv2d
 from fastarch.nn.leaf import Leaf
 
 
@@ -127,7 +128,7 @@ class SyncBatchNorm(Fused, nn.modules.batchnorm._BatchNorm):
         return converted
 
 
-FOLDABLE = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
+FOLDABLE = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, Conv2d)}
 
 
 def fold_batch_norm(conv: nn.Module, bn: nn.Module) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fastarch import ops
 from fastarch.nn.batch_norm import scale_and_bias
+from fastarch.nn.conv_relu_pool import Conv2d
 from fastarch.ops.conv_relu_pool import adds_residual
 
 POOLS = {"max": F.max_pool2d, "avg": F.avg_pool2d}
@@ -44,7 +45,7 @@ def conv_bn_relu_pool(
         raise ValueError(f"conv_bn_relu_pool: want a BatchNorm with activation 'relu', got {activation!r}")
     if pool is not None and pool not in POOLS:
         raise ValueError(f"conv_bn_relu_pool: want pool 'max', 'avg' or None, got {pool!r}")
-    plain = type(conv).forward is nn.Conv2d.forward and conv.padding_mode == "zeros"
+    plain = type(conv).forward in (nn.Conv2d.forward, Conv2d.forward) and conv.padding_mode == "zeros"
     joins = residual is None or (pool is None and adds_residual(x))
     if plain and joins and not bn.training and bn.running_mean is not None:
         scale, bias = scale_and_bias(conv, bn)

@@ -42,7 +42,30 @@ class Pooled(Leaf):
         )
 
 
-class ConvReLUPool2d(Pooled, nn.Conv2d):
+class Conv2d(Leaf, nn.Conv2d):
+    """y = conv2d(x) + b.   x [N, C, H, W] or [C, H, W] -> y [N, K, OH, OW] or [K, OH, OW]
+
+    `torch.nn.Conv2d`, its arguments, state_dict and errors. Filters of 3x3 at stride 1 over 8 channels or more take
+    `fastarch.ops.conv_relu_pool` without ReLU and pool, whose Winograd algorithm has fewer products than a library's
+    convolution, forward and backward; all others are torch's.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not has_fewer_products(self) or self.padding_mode != "zeros" or input.shape[-3:-2] != (self.in_channels,):
+            return super().forward(input)
+        try:
+            return ops.conv_relu_pool(input, self.weight, self.bias, padding=self.padding, pool=None, activation=None)
+        except (TypeError, ValueError):  # torch shall say itself what is wrong
+            return super().forward(input)
+
+
+def has_fewer_products(conv: nn.Conv2d) -> bool:
+    """Whether a convolution alone, with nothing to fuse, may be faster here than torch's."""
+    alike = (*conv.kernel_size, *conv.stride, *conv.dilation, conv.groups) == (3, 3, 1, 1, 1, 1, 1)
+    return alike and conv.in_channels >= 8
+
+
+class ConvReLUPool2d(Pooled, Conv2d):
     """y = pool(relu(conv2d(x) + b)).   x [N, C, H, W] or [C, H, W] -> y [N, K, PH, PW] or [K, PH, PW]
 
     Stands for `Sequential(Conv2d(...), ReLU(), MaxPool2d(pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode))`:

@@ -1,4 +1,4 @@
-"""conv_relu_pool: y = pool(relu(a conv2d(x, w) + b + r)).
+"""conv_relu_pool: y = pool(relu(a conv2d(x, w) + b + r)), or without ReLU and pool.
 
 Shapes: x [N, C, H, W], w [K, C/groups, R, S], a, b [K]; convolution, r [N, K, OH, OW]; y [N, K, PH, PW].
 
@@ -7,6 +7,7 @@ output (`index`, shaped and strided as y):
   max: i * pool_w + j, where the window's first maximum stands at row i, column j; 255 where ReLU cut the window off
   avg: bit i * pool_w + j is set where the element at row i, column j passed ReLU
   none: as max, in a window of 1 x 1
+Without ReLU there is nothing to save, and index is empty.
 """
 
 import functools
@@ -36,10 +37,10 @@ BWD = "Tensor grad_output, Tensor input, Tensor weight, Tensor index, " + GEOMET
 RESULTS = "(Tensor output, Tensor index)"
 GRADS = "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 
-# scale and residual are for inference on CPUs
+# On CPUs alone: a scale and a residual, in inference, and a convolution without ReLU, which has no index.
 torch.library.define(
     "fastarch::conv_relu_pool_fwd",
-    f"({FWD}, str algorithm, bool save_index, Tensor? scale=None, Tensor? residual=None) -> {RESULTS}",
+    f"({FWD}, str algorithm, bool save_index, Tensor? scale=None, Tensor? residual=None, bool relu=True) -> {RESULTS}",
 )
 torch.library.define("fastarch::conv_relu_pool_bwd", f"({BWD}, str algorithm, bool[3] output_mask) -> {GRADS}")
 fwd = torch.ops.fastarch.conv_relu_pool_fwd.default
@@ -54,7 +55,7 @@ torch.library.define("fastarch::conv_relu_pool_direct_bwd", f"({BWD}, bool[3] ou
 def _(input, weight, bias, *args):
     geometry, (algorithm, save_index, *for_cpus) = args[:9], args[9:]
     if for_cpus:
-        raise TypeError("conv_relu_pool: want neither scale nor residual on CUDA")
+        raise TypeError("conv_relu_pool: on CUDA want ReLU and neither scale nor residual")
     if algorithm == "direct":
         return torch.ops.fastarch.conv_relu_pool_direct_fwd(input, weight, bias, *geometry, save_index)
     from fastarch.kernels.conv_relu_pool import conv_relu_pool_fwd  # here: a machine without Triton must import
@@ -137,10 +138,11 @@ def memory_format(t: Tensor) -> torch.memory_format:
 
 class ConvReLUPoolFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, geometry, algorithm):
-        output, index = fwd(input, weight, bias, *geometry, algorithm, True)
+    def forward(ctx, input, weight, bias, geometry, relu, algorithm):
+        without = () if relu else (None, None, False)
+        output, index = fwd(input, weight, bias, *geometry, algorithm, relu, *without)
         ctx.save_for_backward(input, weight, bias, index)
-        ctx.geometry, ctx.algorithm = geometry, algorithm
+        ctx.geometry, ctx.relu, ctx.algorithm = geometry, relu, algorithm
         return output
 
     @staticmethod
@@ -149,11 +151,11 @@ class ConvReLUPoolFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph: bwd is opaque to autograd and would lose the second derivative
             wanted = [t for t, need in zip((input, weight, bias), needed) if need]
-            output = reference(input, weight, bias, *ctx.geometry)
+            output = reference(input, weight, bias, *ctx.geometry, relu=ctx.relu)
             grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
-            return *(next(grads) if need else None for need in needed), None, None
+            return *(next(grads) if need else None for need in needed), None, None, None
         grads = bwd(grad_output, input, weight, index, *ctx.geometry, ctx.algorithm, needed)
-        return *(grad if need else None for grad, need in zip(grads, needed)), None, None
+        return *(grad if need else None for grad, need in zip(grads, needed)), None, None, None
 
 
 class Plan(NamedTuple):
@@ -178,6 +180,7 @@ def make_plan(
     pool_stride,
     pool_padding,
     ceil_mode,
+    activation="relu",
 ) -> Plan:
     """The arguments in the schema's form and their kernel, or an error that says what was wanted and what came."""
     if len(input) not in (3, 4) or len(weight) != 4:
@@ -189,6 +192,8 @@ def make_plan(
         raise error(wanted, [*weight])
     if pool not in ("max", "avg", None):
         raise error("pool 'max', 'avg' or None", repr(pool))
+    if activation != "relu" and (activation is not None or pool is not None):
+        raise error("activation 'relu', or None without a pool", f"{activation!r} and pool {pool!r}")
 
     stride, dilation, behind = pair("stride", stride, 1), pair("dilation", dilation, 1), (0, 0)
     if padding == "same":
@@ -219,7 +224,8 @@ def make_plan(
         )
         raise error("something to compute", came)
     outputs = conv[0] * conv[1] * (input[0] if len(input) == 4 else 1)
-    return Plan(geometry, behind, route(device, dtype, outputs, weight, geometry))
+    served = route(device, dtype, outputs, weight, geometry)
+    return Plan(geometry, behind, served if activation == "relu" else without_relu(device, dtype, geometry, served))
 
 
 cached_plan = functools.lru_cache(maxsize=4096, typed=True)(make_plan)  # typed: 1.0 is an error, and must stay one
@@ -301,6 +307,19 @@ def route_cpu(dtype: torch.dtype, outputs: int, weight: tuple[int, ...], geometr
     return Route("polyphase", f"{4 * products:.0f} products instead of {4 * R * S} for 2x2 outputs")
 
 
+def without_relu(device: str, dtype: torch.dtype, geometry: Geometry, served: Route) -> Route:
+    """The route of a convolution alone: with nothing to fuse only fewer products are a gain.
+
+    Forward, input's and weight's gradient in ms, two cores of a Zen 4, float32, channels_last, 2026-11-27:
+    8x64x56x56->64 k3: winograd 5.9, 5.9, 6.0, library 8.3, 8.4, 9.7; 8x256x14x14->256: 4.4, 4.5, 6.1, library 8.0, 8.3,
+    8.8; 8x512x7x7->512: 6.0, 6.0, 8.2, library 9.5, 9.4, 16.2. In 16 bits a library may have instructions of its own.
+    """
+    whole = dtype in (torch.float32, torch.float64) and geometry.groups == 1
+    if served.kernel == REFERENCE or (device == "cpu" and served.kernel == "winograd" and whole):
+        return served
+    return Route("library", "nothing to fuse, and no algorithm with fewer products")
+
+
 def route_cuda(dtype: torch.dtype, outputs: int, weight: tuple[int, ...], geometry: Geometry) -> Route:
     """Computed from operations and bytes, not measured: no GPU was at hand long enough (2026-11-20)."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -347,6 +366,7 @@ def conv_relu_pool(
     pool_stride: int | tuple[int, int] | None = None,
     pool_padding: int | tuple[int, int] = 0,
     ceil_mode: bool = False,
+    activation: str | None = "relu",
     scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -361,6 +381,7 @@ def conv_relu_pool(
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, "valid" and "same" included.
         pool: "max", "avg" (padding counts, as in `avg_pool2d`) or None.
         pool_size, pool_stride, pool_padding, ceil_mode: as in `max_pool2d`; pool_stride None means pool_size.
+        activation: "relu", or None for y = a conv2d(x, w) + b + r, which wants pool None.
         scale: a [K], or None for 1; with a batch norm's scale here, and its shift as bias, the two are one operation.
             In float32 where the input has 16 bits.
         residual: r, of the convolution's shape and the input's dtype, or None for 0.
@@ -386,7 +407,7 @@ def conv_relu_pool(
     device = input.device.type if isinstance(input, Tensor) else "cpu"
     input, weight, bias, residual = autocast.cast(device, input, weight, bias, residual)
     check(input, weight, bias, scale, residual)
-    options = (stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode)
+    options = (stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode, activation)
     shapes = (device, input.dtype, input.shape, weight.shape)
     try:
         plan = make_plan if torch.compiler.is_compiling() else cached_plan  # 6 us against 1
@@ -406,10 +427,11 @@ def conv_relu_pool(
     routing.record("conv_relu_pool", backend, device, algorithm, reason, input=input, weight=weight)
     if behind != (0, 0):
         input = F.pad(input, (0, behind[1], 0, behind[0]))
+    relu = activation == "relu"
     if input.dim() == 3:
         residual = None if residual is None else residual.unsqueeze(0)
-        return run(input.unsqueeze(0), weight, bias, scale, residual, geometry, algorithm).squeeze(0)
-    return run(input, weight, bias, scale, residual, geometry, algorithm)
+        return run(input.unsqueeze(0), weight, bias, scale, residual, geometry, relu, algorithm).squeeze(0)
+    return run(input, weight, bias, scale, residual, geometry, relu, algorithm)
 
 
 def adds_residual(input: Tensor) -> bool:
@@ -437,15 +459,16 @@ def run(
     scale: Tensor | None,
     residual: Tensor | None,
     geometry: Geometry,
+    relu: bool,
     algorithm: str,
 ) -> Tensor:
-    if algorithm == REFERENCE:
-        return reference(input, weight, bias, *geometry, scale, residual)
+    if algorithm == REFERENCE or (algorithm == "library" and not relu):  # which a convolution alone is
+        return reference(input, weight, bias, *geometry, scale, residual, relu)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, scale))
     if scale is not None and (trained or algorithm == "library" or input.device.type != "cpu"):
         weight, scale = scaled(weight, scale), None
     if trained:
-        return ConvReLUPoolFunction.apply(input, weight, bias, geometry, algorithm)
-    if scale is None and residual is None:
+        return ConvReLUPoolFunction.apply(input, weight, bias, geometry, relu, algorithm)
+    if scale is None and residual is None and relu:
         return fwd(input, weight, bias, *geometry, algorithm, False)[0]
-    return fwd(input, weight, bias, *geometry, algorithm, False, scale, residual)[0]
+    return fwd(input, weight, bias, *geometry, algorithm, False, scale, residual, relu)[0]

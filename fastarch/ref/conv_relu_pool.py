@@ -1,4 +1,7 @@
-"""conv_relu_pool: y = pool(relu(a conv2d(x, w) + b + r)), x [N, C, H, W], w [K, C/groups, R, S], a, b [K]."""
+"""conv_relu_pool: y = pool(relu(a conv2d(x, w) + b + r)), or without ReLU and pool.
+
+x [N, C, H, W], w [K, C/groups, R, S], a, b [K]; convolution, r [N, K, OH, OW]
+"""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,9 +22,11 @@ def conv_relu_pool(
     ceil_mode: bool,
     scale: Tensor | None = None,
     residual: Tensor | None = None,
+    relu: bool = True,
 ) -> Tensor:
     y = F.conv2d(input, scaled(weight, scale), bias, stride, padding, dilation, groups)  # [N, K, OH, OW]
-    y = (y if residual is None else y + residual).relu()
+    y = y if residual is None else y + residual
+    y = y.relu() if relu else y
     if pool == "max":
         return F.max_pool2d(y, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
     if pool == "avg":
