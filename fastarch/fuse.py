@@ -50,6 +50,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     layers, functions or methods:
 
         Conv2d -> [BatchNorm2d] -> ReLU -> [MaxPool2d or AvgPool2d]
+        Conv2d -> BatchNorm2d -> [sum with another value -> ReLU]
         BatchNorm -> [sum with another value] -> ReLU
         scaled_dot_product_attention
 

@@ -85,7 +85,7 @@ def test_kernels_are_exact_on_integers(case, dtype, layout):
 
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_a_library_computes_what_has_no_fewer_products(case):
-    route = plan_of(case).route
+    route = plan_of(case._replace(options=case.options | {"alone": True})).route
     assert route == ("library", "nothing to fuse, and no algorithm with fewer products")
     tensors, reference = draw(case, torch.float32), lambda x, w, b: F.conv2d(x, w, b, **convolution(case))
     grad_output = torch.randn_like(reference(*tensors))
@@ -100,8 +100,9 @@ def convolution(case: Case) -> dict:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_library_has_its_own_instructions_for_16_bits(dtype):
-    assert plan_of(CASES[0], dtype).route.kernel == "library"
-    assert conv_relu_pool(*draw(CASES[0], dtype), **CASES[0].options).dtype == dtype
+    with routing.recording() as calls:
+        assert conv_relu_pool(*draw(CASES[0], dtype), **CASES[0].options).dtype == dtype
+    assert [call.backend for call in calls] == [f"cpu-{extension.isa} library"]
 
 
 def test_any_strides_of_input_and_gradient():
@@ -134,14 +135,26 @@ def test_bits_do_not_depend_on_run_or_threads(case, threads):
             assert torch.equal(other[name], value), name
 
 
-def test_scale_and_residual():
-    x, w, b = draw(CASES[0], torch.float32)
-    scale, residual = torch.randn(20), torch.randn(2, 20, 10, 13)
-    with torch.no_grad():
-        y = conv_relu_pool(x, w, b, padding=1, **ALONE, scale=scale, residual=residual)
-    reference = lambda *t: op.reference(*t[:3], *geometry_of(CASES[0]), *t[3:], relu=False)  # noqa: E731
-    tensors = (x, w, b, scale, residual)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("adds", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("case", [CASES[0], *OTHERS[:-1]], ids=str)
+def test_scale_and_residual(case, adds, channels_last):
+    """In inference there is something to fuse, and any algorithm may do it."""
+    tensors, geometry = draw(case, torch.float32, channels_last), geometry_of(case)
+    reference = lambda *t: op.reference(*t[:3], *geometry, *t[3:], relu=False)  # noqa: E731
+    residual = torch.randn_like(reference(*tensors, None, None)) if adds else None
+    tensors = (*tensors, torch.randn(case.w[0]), residual)
+    with torch.no_grad(), routing.recording() as calls:
+        y = conv_relu_pool(*tensors[:3], **case.options, scale=tensors[3], residual=residual)
+    kernel = plan_of(case._replace(options=case.options | {"activation": "relu"})).route.kernel
+    assert [call.backend for call in calls] == [f"cpu-{extension.isa} {kernel}"]
     assert_close("y", y, reference(*tensors), reference(*double(tensors)))
+
+
+@pytest.mark.parametrize("case", [CASES[0], OTHERS[2]], ids=str)
+def test_scale_has_a_gradient(case):
+    tensors = [t.requires_grad_() for t in (*draw(case, torch.float64), torch.rand(case.w[0], dtype=torch.float64))]
+    assert torch.autograd.gradcheck(lambda *t: conv_relu_pool(*t[:3], **case.options, scale=t[3]), tensors)
 
 
 def test_what_relu_cuts_off_has_no_gradient_whatever_comes():

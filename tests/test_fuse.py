@@ -437,6 +437,9 @@ def test_our_kernels_serve_chains(training):
     block = [("layer1.0", "batch_norm" if training else "conv_relu_pool")] * 2
     assert calls[:3] == stem + block
     assert len(calls) == 10 + 3 * training  # in training convolutions of 8 channels and more by themselves
+    with torch.no_grad():
+        calls = fastarch.explain(fused.eval(), torch.randn(2, 3, 32, 32))
+    assert [call.operation for call in calls] == ["conv_relu_pool"] * 10  # the projection too
 
 
 @pytest.mark.parametrize("name", CHAINS)

@@ -74,12 +74,12 @@ CASES = {
     "resnet": Case(
         lambda: transformers.ResNetModel(transformers.ResNetConfig(**STAGES, layer_type="basic")),
         lambda: image(32),
-        {"chain of 3": 3, "BatchNorm2d": 6, "Conv2d": 1},
+        {"chain of 3": 3, "chain of 2": 3, "BatchNorm2d": 6, "Conv2d": 1},
     ),
     "regnet": Case(
         lambda: transformers.RegNetModel(transformers.RegNetConfig(**STAGES, groups_width=4)),
         lambda: image(32),
-        {"chain of 3": 5, "chain of 2": 2, "BatchNorm2d": 9},
+        {"chain of 3": 5, "chain of 2": 6, "BatchNorm2d": 9},
     ),
     "convnext": Case(  # layer norms and GELU: nothing is ours
         lambda: transformers.ConvNextModel(
@@ -116,7 +116,7 @@ CASES = {
     "resnet18": Case(
         lambda: torchvision_resnet(basic, 1, [1, 1, 1, 1]),
         lambda: {"input": torch.randn(3, 3, 64, 64)},
-        {"chain of 4": 5, "chain of 3": 4, "BatchNorm2d": 12, "Conv2d": 5},
+        {"chain of 4": 5, "chain of 3": 4, "chain of 2": 3, "BatchNorm2d": 12, "Conv2d": 5},
     ),
     "lenet5": Case(torch_lenet5, lambda: {"input": torch.randn(3, 1, 32, 32)}, {"chain of 3": 2}),
 }

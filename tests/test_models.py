@@ -439,12 +439,15 @@ def test_unet_takes_any_size():
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("pool", [None, "max", "avg"])
+@pytest.mark.parametrize(
+    ("activation", "pool"), [("relu", None), ("relu", "max"), ("relu", "avg"), (None, None)], ids=str
+)
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
 @pytest.mark.parametrize("adds", [False, True], ids=["", "residual"])
-def test_conv_bn_relu_pool_equals_its_parts(training, pool, padding_mode, adds):
+def test_conv_bn_relu_pool_equals_its_parts(training, activation, pool, padding_mode, adds):
     conv = nn.Conv2d(3, 8, 3, padding=1, padding_mode=padding_mode).double()
-    bn, plain = (layer.double().train(training) for layer in (BatchNorm2d(8, activation="relu"), nn.BatchNorm2d(8)))
+    norms = (BatchNorm2d(8, activation=activation), nn.BatchNorm2d(8))
+    bn, plain = (layer.double().train(training) for layer in norms)
     for norm in (bn, plain):
         norm.load_state_dict({key: t.fill_(0.5) for key, t in norm.state_dict().items()})
     images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
@@ -453,14 +456,16 @@ def test_conv_bn_relu_pool_equals_its_parts(training, pool, padding_mode, adds):
     with routing.recording() as calls, torch.no_grad():
         got = conv_bn_relu_pool(images, conv, bn, residual, pool=pool, pool_size=3, pool_stride=2, pool_padding=1)
     y = plain(conv(images))
-    torch.testing.assert_close(got, pools[pool]((y + residual if adds else y).relu()))
+    y = y + residual if adds else y
+    torch.testing.assert_close(got, pools[pool](y.relu() if activation else y))
     torch.testing.assert_close(bn.running_var, plain.running_var)
     in_one = not training and padding_mode == "zeros" and not (adds and pool)
     assert [call.operation for call in calls] == ["conv_relu_pool" if in_one else "batch_norm"]
 
 
-def test_conv_bn_relu_pool_leaves_a_residual_to_batch_norm_where_no_kernel_adds_it():
-    conv, bn = nn.Conv2d(3, 8, 3, padding=1).eval(), BatchNorm2d(8, activation="relu").eval()
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_conv_bn_relu_pool_leaves_a_residual_to_batch_norm_where_no_kernel_adds_it(activation):
+    conv, bn = nn.Conv2d(3, 8, 3, padding=1).eval(), BatchNorm2d(8, activation=activation).eval()
     images, residual = torch.randn(2, 3, 9, 9), torch.randn(2, 8, 9, 9)
     with routing.recording() as calls:
         conv_bn_relu_pool(images, conv, bn, residual).sum().backward()  # has gradients
@@ -473,7 +478,9 @@ def test_conv_bn_relu_pool_leaves_a_residual_to_batch_norm_where_no_kernel_adds_
 
 def test_conv_bn_relu_pool_refuses_what_it_would_get_wrong():
     images, conv = torch.randn(2, 3, 9, 9), nn.Conv2d(3, 8, 3)
-    with pytest.raises(ValueError, match="want a BatchNorm with activation 'relu', got None"):
+    with pytest.raises(ValueError, match=r"want a BatchNorm of fastarch\.nn, got BatchNorm2d"):
         conv_bn_relu_pool(images, conv, nn.BatchNorm2d(8))
+    with pytest.raises(ValueError, match="want a BatchNorm with activation 'relu' or no pool, got pool 'max'"):
+        conv_bn_relu_pool(images, conv, BatchNorm2d(8), pool="max")
     with pytest.raises(ValueError, match="want pool 'max', 'avg' or None, got 'mean'"):
         conv_bn_relu_pool(images, conv, BatchNorm2d(8, activation="relu"), pool="mean")

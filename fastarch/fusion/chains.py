@@ -1,7 +1,7 @@
 """Chains of layers and functions in a graph that become one operation of ours.
 
     x -> Conv2d -> [BatchNorm2d] -> ReLU -> [MaxPool2d or AvgPool2d]      run_convolution
-    x -> Conv2d -> BatchNorm2d -> + residual -> ReLU                      run_convolution
+    x -> Conv2d -> BatchNorm2d -> [+ residual -> ReLU]                    run_convolution
     x -> BatchNorm -> [+ residual] -> ReLU                                run_norm
     scaled_dot_product_attention                                          run_attention
 
@@ -79,8 +79,8 @@ def begins_chain(module: nn.Module) -> Iterator[bool]:
         yield type(child) in {*CONVOLUTIONS, *NORMS}
 
 
-def is_relu(relu: nn.Module | bool) -> bool:
-    return isinstance(relu, bool) or is_plain(relu, nn.ReLU)
+def is_relu(relu: nn.Module | bool | None) -> bool:
+    return relu is None or isinstance(relu, bool) or is_plain(relu, nn.ReLU)
 
 
 def run_norm(x: Tensor, norm: nn.Module, residual: Tensor | None, inplace_add: bool, relu: nn.Module | bool) -> Tensor:
@@ -107,10 +107,13 @@ def run_convolution(
     norm: nn.Module | None,
     residual: Tensor | None,
     inplace_add: bool,
-    relu: nn.Module | bool,
+    relu: nn.Module | bool | None,
     pool: nn.Module | Window | None,
 ) -> Tensor:
-    """pool(relu(norm(conv(x)) + residual)); relu is a layer, or says whether the function worked in place."""
+    """pool(relu(norm(conv(x)) + residual)); relu is a layer, or says whether the function worked in place.
+
+    With relu None it is norm(conv(x)).
+    """
     window = window_of(pool) if isinstance(pool, nn.Module) else pool
     if (
         is_plain(conv, *CONVOLUTIONS)
@@ -120,12 +123,15 @@ def run_convolution(
         and (pool is None or window is not None)
         and conv_takes(x, conv)
         and may_add(x, residual)
+        and (relu is not None or adds_residual(x))
     ):
         try:
-            return in_one(x, conv, norm, residual, window)
+            return in_one(x, conv, norm, residual, None if relu is None else "relu", window)
         except ValueError:  # sizes that leave nothing to compute: torch shall say so itself
             pass
     y = conv(x)
+    if relu is None:
+        return norm(y)
     if norm is not None:
         y = run_norm(y, norm, residual, inplace_add, relu)
     else:
@@ -136,7 +142,12 @@ def run_convolution(
 
 
 def in_one(
-    x: Tensor, conv: nn.Conv2d, norm: nn.Module | None, residual: Tensor | None, window: Window | None
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.Module | None,
+    residual: Tensor | None,
+    activation: str | None,
+    window: Window | None,
 ) -> Tensor:
     scale, bias = (None, conv.bias) if norm is None else scale_and_bias(conv, norm)
     kind, size, stride, padding, ceil_mode = window or (None, 2, None, 0, False)
@@ -153,6 +164,7 @@ def in_one(
         pool_stride=stride,
         pool_padding=padding,
         ceil_mode=ceil_mode,
+        activation=activation,
         scale=scale,
         residual=residual,
     )
@@ -225,6 +237,19 @@ class Graph:
                 found.append(ATTENTION)
             elif (relu := self.relu(node)) is not None and (chain := self.ending_in(node, relu)):
                 found.append(chain)
+        for norm in list(self.graph.nodes):
+            if self.layer(norm, *NORMS) and self.makes_images_for(norm):
+                arguments = (
+                    norm.args[0].args[0],
+                    self.module(norm.args[0]),
+                    self.module(norm),
+                    None,
+                    False,
+                    None,
+                    None,
+                )
+                if chain := self.replace([norm.args[0], norm], run_convolution, arguments):
+                    found.append(chain)
         for node in reversed(self.graph.nodes):
             if node.op == "get_attr" and not node.users:  # made for a chain that was none
                 self.graph.erase_node(node)

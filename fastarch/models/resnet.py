@@ -56,11 +56,20 @@ class Bottleneck(nn.Module):
         return nn.conv_bn_relu_pool(x, self.conv3, self.bn3, residual)
 
 
-def projection(channels: int, outputs: int, stride: int) -> nn.Module | None:
-    """What shapes a skip connection to the branch beside it, where it has another shape."""
-    if stride == 1 and channels == outputs:
-        return None
-    return nn.Sequential(nn.Conv2d(channels, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+class Projection(nn.Sequential):
+    """A convolution and a batch norm in one, which shape a skip connection to the branch beside it."""
+
+    def __init__(self, channels: int, outputs: int, kernel: int, stride: int):
+        conv = nn.Conv2d(channels, outputs, kernel, stride, padding=kernel // 2, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.conv_bn_relu_pool(x, *self)
+
+
+def projection(channels: int, outputs: int, stride: int) -> Projection | None:
+    """None where both have one shape."""
+    return None if stride == 1 and channels == outputs else Projection(channels, outputs, 1, stride)
 
 
 class ResNet(nn.Module):

@@ -8,6 +8,7 @@ parameters. Unlike `resnet50`, an SE-ResNet strides in the first 1x1 convolution
 from torch import Tensor
 
 from fastarch import nn
+from fastarch.models.resnet import Projection
 
 
 class SqueezeExcitation(nn.Module):
@@ -54,7 +55,8 @@ class Bottleneck(nn.Module):
         residual = x if self.downsample is None else self.downsample(x)
         x = nn.conv_bn_relu_pool(x, self.conv1, self.bn1)
         x = nn.conv_bn_relu_pool(x, self.conv2, self.bn2)
-        return (self.se_module(self.bn3(self.conv3(x))) + residual).relu()
+        x = nn.conv_bn_relu_pool(x, self.conv3, self.bn3)
+        return (self.se_module(x) + residual).relu()
 
 
 class Stem(nn.Module):
@@ -98,9 +100,7 @@ class SENet(nn.Module):
             width, stride = 64 << i, 1 if i == 0 else 2
             widths, groups = ((2 * width, 4 * width), 64) if wide else ((width, width), 1)
             outputs, kernel = 4 * width, 3 if wide and i > 0 else 1
-            downsample = nn.Sequential(
-                nn.Conv2d(channels, outputs, kernel, stride, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs)
-            )
+            downsample = Projection(channels, outputs, kernel, stride)
             strides = (1, stride) if wide else (stride, 1)
             blocks = [Bottleneck(channels, widths, outputs, strides, groups, downsample)]
             blocks += [Bottleneck(outputs, widths, outputs, (1, 1), groups, None) for _ in range(depth - 1)]

@@ -181,8 +181,12 @@ def make_plan(
     pool_padding,
     ceil_mode,
     activation="relu",
+    alone=False,
 ) -> Plan:
-    """The arguments in the schema's form and their kernel, or an error that says what was wanted and what came."""
+    """The arguments in the schema's form and their kernel, or an error that says what was wanted and what came.
+
+    alone: nothing is fused with the convolution, neither ReLU nor scale nor residual.
+    """
     if len(input) not in (3, 4) or len(weight) != 4:
         raise error("input [N, C, H, W] or [C, H, W] and weight [K, C/groups, R, S]", f"{[*input]} and {[*weight]}")
     if not isinstance(groups, int) or groups < 1:
@@ -225,7 +229,9 @@ def make_plan(
         raise error("something to compute", came)
     outputs = conv[0] * conv[1] * (input[0] if len(input) == 4 else 1)
     served = route(device, dtype, outputs, weight, geometry)
-    return Plan(geometry, behind, served if activation == "relu" else without_relu(device, dtype, geometry, served))
+    if alone or (activation is None and device != "cpu"):
+        served = by_itself(device, dtype, geometry, served)
+    return Plan(geometry, behind, served)
 
 
 cached_plan = functools.lru_cache(maxsize=4096, typed=True)(make_plan)  # typed: 1.0 is an error, and must stay one
@@ -307,7 +313,7 @@ def route_cpu(dtype: torch.dtype, outputs: int, weight: tuple[int, ...], geometr
     return Route("polyphase", f"{4 * products:.0f} products instead of {4 * R * S} for 2x2 outputs")
 
 
-def without_relu(device: str, dtype: torch.dtype, geometry: Geometry, served: Route) -> Route:
+def by_itself(device: str, dtype: torch.dtype, geometry: Geometry, served: Route) -> Route:
     """The route of a convolution alone: with nothing to fuse only fewer products are a gain.
 
     Forward, input's and weight's gradient in ms, two cores of a Zen 4, float32, channels_last, 2026-11-27:
@@ -407,7 +413,10 @@ def conv_relu_pool(
     device = input.device.type if isinstance(input, Tensor) else "cpu"
     input, weight, bias, residual = autocast.cast(device, input, weight, bias, residual)
     check(input, weight, bias, scale, residual)
-    options = (stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode, activation)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, scale))
+    alone = activation is None and (trained or (scale is None and residual is None))
+    options = (stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode)
+    options += (activation, alone)
     shapes = (device, input.dtype, input.shape, weight.shape)
     try:
         plan = make_plan if torch.compiler.is_compiling() else cached_plan  # 6 us against 1
@@ -427,11 +436,11 @@ def conv_relu_pool(
     routing.record("conv_relu_pool", backend, device, algorithm, reason, input=input, weight=weight)
     if behind != (0, 0):
         input = F.pad(input, (0, behind[1], 0, behind[0]))
-    relu = activation == "relu"
+    how = (geometry, activation == "relu", algorithm, trained)
     if input.dim() == 3:
         residual = None if residual is None else residual.unsqueeze(0)
-        return run(input.unsqueeze(0), weight, bias, scale, residual, geometry, relu, algorithm).squeeze(0)
-    return run(input, weight, bias, scale, residual, geometry, relu, algorithm)
+        return run(input.unsqueeze(0), weight, bias, scale, residual, *how).squeeze(0)
+    return run(input, weight, bias, scale, residual, *how)
 
 
 def adds_residual(input: Tensor) -> bool:
@@ -461,10 +470,10 @@ def run(
     geometry: Geometry,
     relu: bool,
     algorithm: str,
+    trained: bool,
 ) -> Tensor:
     if algorithm == REFERENCE or (algorithm == "library" and not relu):  # which a convolution alone is
         return reference(input, weight, bias, *geometry, scale, residual, relu)
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, scale))
     if scale is not None and (trained or algorithm == "library" or input.device.type != "cpu"):
         weight, scale = scaled(weight, scale), None
     if trained:
