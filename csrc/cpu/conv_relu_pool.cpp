@@ -265,7 +265,8 @@ ConvReluPool adjoint(const ConvReluPool& p) {
   return q;
 }
 
-// The gradient that ReLU lets through, where nothing is pooled.
+// The gradient that ReLU lets through, where nothing is pooled. It is copied as bits, without a branch on the index:
+// 8x64x56x56 0.5 ms instead of 2.6.
 Tensor surviving(const Tensor& dy, const Tensor& index, at::MemoryFormat format) {
   const Tensor from = dy.contiguous(format), cut = index.contiguous(format),
                to = fresh(dy.sizes(), format, dy.options());
@@ -278,10 +279,10 @@ Tensor surviving(const Tensor& dy, const Tensor& index, at::MemoryFormat format)
     const int64_t n = to.numel();
     parallel((n + CHUNK - 1) / CHUNK, 0, double(n), [=](int64_t task, void*) {
       const int64_t begin = task * CHUNK, end = std::min(n, begin + CHUNK);
-      for (int64_t i = begin; i < end; i++) g[i] = dy[i] & Element(Element(index[i] != 0) - 1);  // a branch: 5 times
+      for (int64_t i = begin; i < end; i++) g[i] = dy[i] & Element(Element(index[i] != 0) - 1);
     });
   };
-  dy.element_size() == 2 ? copy(uint16_t()) : dy.element_size() == 4 ? copy(uint32_t()) : copy(uint64_t());  // bits
+  dy.element_size() == 2 ? copy(uint16_t()) : dy.element_size() == 4 ? copy(uint32_t()) : copy(uint64_t());
   return to;
 }
 
@@ -295,9 +296,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& grad_output,
       problem(x, weight, {stride, padding, dilation, groups, pool, pool_size, pool_stride, pool_padding, ceil_mode});
   const ElementType type = element_type("conv_relu_pool", x);
   const std::array<int64_t, 4> output{p.N, p.G * p.K, p.PH, p.PW};
-  const bool unpooled = algorithm == "winograd" && pool == "none" && groups == 1;
-  if (unpooled) forward(p, algorithm);  // checks
-  const bool relu = !unpooled || index.numel() > 0;
+  const bool by_winograd = algorithm == "winograd" && pool == "none" && groups == 1;
+  if (by_winograd) forward(p, algorithm);  // checks
+  const bool relu = !by_winograd || index.numel() > 0;
   TORCH_CHECK_VALUE(grad_output.sizes() == IntArrayRef(output) && (!relu || index.sizes() == IntArrayRef(output)),
                     "conv_relu_pool: want grad_output and index ", IntArrayRef(output), ", got ", grad_output.sizes(),
                     " and ", index.sizes(), ", which may be empty for winograd without ReLU, pool and groups");
@@ -312,15 +313,15 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& grad_output,
   const Tensor dw = gradient(want_weight, weight.sizes(), memory_format(weight));  // autograd would copy it into that
   const Tensor db = gradient(want_bias, {weight.size(0)}, at::MemoryFormat::Contiguous);
   if (grad_output.numel() == 0) return {dx, dw.zero_(), db.zero_()};
-  const Tensor dy = unpooled && relu ? surviving(grad_output, index, memory_format(x)) : grad_output;
-  const uint8_t* at = unpooled ? nullptr : index.const_data_ptr<uint8_t>();
+  const Tensor dy = by_winograd && relu ? surviving(grad_output, index, memory_format(x)) : grad_output;
+  const uint8_t* at = by_winograd ? nullptr : index.const_data_ptr<uint8_t>();
   p.y = strides_of(dy);
-  if (!unpooled) p.index = strides_of(index);
+  if (!by_winograd) p.index = strides_of(index);
 
   if (want_weight || want_bias) {
     p.x = strides_of(x);
     const ConvReluPoolBwdWeights& kernels =
-        unpooled ? FASTARCH_SELECT(conv_relu_pool_winograd_bwd_weight) : FASTARCH_SELECT(conv_relu_pool_bwd_weight);
+        by_winograd ? FASTARCH_SELECT(conv_relu_pool_winograd_bwd_weight) : FASTARCH_SELECT(conv_relu_pool_bwd_weight);
     const ConvReluPoolBwdWeight& kernel = kernels.of[type];
     const Tensor sums = workspace(kernel.sums_bytes(p));
     parallel(kernel.tasks(p), kernel.scratch_bytes(p), operations(p), [&](int64_t task, void* scratch) {
@@ -334,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_bwd(const Tensor& grad_output,
   if (want_x) {
     p.x = strides_of(dx);
     const Tensor filters = weight.contiguous(memory_format(weight));
-    if (unpooled) {
+    if (by_winograd) {
       const Operands operands{
           dy.const_data_ptr(), filters.const_data_ptr(), nullptr, nullptr, nullptr, dx.data_ptr(), nullptr};
       run(adjoint(p), FASTARCH_SELECT(conv_relu_pool_winograd).of[type], operands, x.element_size(), 0);

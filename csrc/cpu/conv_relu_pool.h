@@ -15,8 +15,7 @@ struct FilterStrides {
   int64_t k, c, tap;
 };
 
-// y = pool(relu(a conv2d(x, w) + b + r)), group by group, or without ReLU and pool. All extents and strides count
-// elements.
+// y = pool(relu(a conv2d(x, w) + b + r)), group by group, or without ReLU and pool. Extents and strides count elements.
 struct ConvReluPool {
   int64_t N, G;            // batch, groups
   int64_t C, H, W;         // input channels of one group, rows, columns
@@ -26,7 +25,7 @@ struct ConvReluPool {
   int64_t pool_h, pool_w, pool_stride_h, pool_stride_w, pool_padding_h, pool_padding_w;
   bool average;
   bool relu;             // false: nothing is pooled either, and no index wanted
-  bool turned;           // each filter is taken by half a turn, tap by tap from its end: only Winograd's forward can
+  bool turned;           // filters are turned by half a turn, for the gradient of the input: only Winograd can
   Strides4 x, y, index;  // of the input or its gradient, of the output or its gradient, of the index
   FilterStrides w;
   int64_t threads;  // for how many the work is to be cut; no result depends on it
@@ -86,6 +85,5 @@ FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_winograd);   // 3x3, stride 1,
 FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_polyphase);  // up to 4 taps per step of the stride, dilation 1
 FASTARCH_DECLARE(ConvReluPoolFwds, conv_relu_pool_library);    // x is a finished convolution [N, OH, OW, G * K]
 FASTARCH_DECLARE(ConvReluPoolBwdWeights, conv_relu_pool_bwd_weight);
-FASTARCH_DECLARE(ConvReluPoolBwdWeights,
-                 conv_relu_pool_winograd_bwd_weight);  // as winograd, one group, no pool, no index
+FASTARCH_DECLARE(ConvReluPoolBwdWeights, conv_relu_pool_winograd_bwd_weight);  // one group, no pool, no index
 FASTARCH_DECLARE(ConvReluPoolBwdInputs, conv_relu_pool_bwd_input);

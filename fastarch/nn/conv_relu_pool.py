@@ -45,13 +45,14 @@ class Pooled(Leaf):
 class Conv2d(Leaf, nn.Conv2d):
     """y = conv2d(x) + b.   x [N, C, H, W] or [C, H, W] -> y [N, K, OH, OW] or [K, OH, OW]
 
-    `torch.nn.Conv2d`, its arguments, state_dict and errors. Filters of 3x3 at stride 1 over 8 channels or more take
-    `fastarch.ops.conv_relu_pool` without ReLU and pool, whose Winograd algorithm has fewer products than a library's
-    convolution, forward and backward; all others are torch's.
+    `torch.nn.Conv2d`, its arguments, state_dict and errors. On CPUs filters of 3x3 at stride 1 over 8 channels or more
+    take `fastarch.ops.conv_relu_pool` without ReLU and pool, whose Winograd algorithm has fewer products than a
+    library's convolution, forward and backward; all others are torch's.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not has_fewer_products(self) or self.padding_mode != "zeros" or input.shape[-3:-2] != (self.in_channels,):
+        served = has_fewer_products(self) and self.padding_mode == "zeros" and input.is_cpu
+        if not served or input.shape[-3:-2] != (self.in_channels,):
             return super().forward(input)
         try:
             return ops.conv_relu_pool(input, self.weight, self.bias, padding=self.padding, pool=None, activation=None)
