@@ -37,6 +37,11 @@ struct Direct {
 
     explicit Layout(const ConvReluPool& p) {
       const int64_t columns = columns_under(p, p.OW);
+      if (reads_in_place(p)) {
+        row = p.x.h, column = p.x.w, channel = tap_channel = 1;
+        outer = inner = 1, outer_step = inner_step = tap_row = tap = 0, length = p.C;
+        return;
+      }
       row = columns * p.C, outer = p.R, outer_step = p.dilation_h * row;
       const bool long_run = p.S >= LONG_RUN || (p.S == KNOWN_RUN && pools_in_registers(p));
       if (p.x.c != 1 && p.dilation_w == 1 && long_run) {  // planes: runs (s) for each (r, c)
@@ -51,6 +56,12 @@ struct Direct {
       }
     }
   };
+
+  // Whether memory already has the tile: under filters of one tap and no padding, with channels side by side.
+  static bool reads_in_place(const ConvReluPool& p) {
+    return sizeof(Storage) == sizeof(T) && p.R * p.S == 1 && p.padding_h == 0 && p.padding_w == 0 && p.x.c == 1 &&
+           images(p) == 1;
+  }
 
   // Packed: per group, filters [vector of channels k][r, s, c in the walk's order][lane], then the bias [vector][lane].
   static int64_t taps(const ConvReluPool& p) { return p.R * p.S * p.C; }
@@ -107,6 +118,7 @@ struct Direct {
   static int64_t image_tasks(const ConvReluPool& p) { return ceil_div(p.N, images(p)) * p.G; }
   static int64_t tasks(const ConvReluPool& p) { return image_tasks(p) * bands(p); }
   static int64_t tile_elements(const ConvReluPool& p) {
+    if (reads_in_place(p)) return 0;
     return ceil_div(tile_rows(p, band(p)) * columns_under(p, p.OW) * p.C, L) * L;
   }
   static int64_t scratch_bytes(const ConvReluPool& p) {
@@ -114,11 +126,19 @@ struct Direct {
     return (tiles * tile_elements(p) + pool_rows_scratch<1, T>(p, 2 * L)) * sizeof(T);
   }
 
-  // ROWS positions of one row of the convolution, V vectors of channels: out [ROWS][V * L]. Long sums are taken in
-  // parts, because a chain of thousands of terms loses digits that a library, which takes parts as well, keeps.
+  // Where a block goes: [position][V * L], positions a step apart; with ReLU, and a residual laid out alike or nullptr.
+  struct Out {
+    T* at;
+    int64_t step;
+    bool relu;
+    const T* r;
+  };
+
+  // ROWS positions of one row of the convolution, V vectors of channels. Long sums are taken in parts, because a chain
+  // of thousands of terms loses digits that a library, which takes parts as well, keeps.
   template <int ROWS, int V, class X>
   static void convolve_block(const Layout& layout, const X* tile, int64_t step, const T* w, int64_t w_step,
-                             const T* bias, T* out) {
+                             const T* bias, const Out& out) {
     const int64_t part = most(1, PART_TERMS / (layout.inner * layout.length));
     for (int64_t begin = 0; begin < layout.outer; begin += part) {
       Vec<T> acc[ROWS][V];
@@ -138,9 +158,14 @@ struct Direct {
       for (int i = 0; i < ROWS; i++) {
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) {
-          T* to = out + (i * V + v) * L;
+          const int64_t to = i * out.step + v * L;
           if constexpr (sizeof(X) != sizeof(T)) acc[i][v] = deinterleave<T>(acc[i][v]);
-          store(to, begin == 0 ? acc[i][v] : load(to) + acc[i][v]);
+          Vec<T> sum = begin == 0 ? acc[i][v] : load(out.at + to) + acc[i][v];
+          if (begin + part >= layout.outer) {
+            if (out.r) sum += load(out.r + to);
+            if (out.relu) sum = (sum > Vec<T>{}) | (sum != sum) ? sum : Vec<T>{};
+          }
+          store(out.at + to, sum);
         }
       }
     }
@@ -239,11 +264,26 @@ struct Direct {
       return write_rows(p, begin, end, V * L, live, pool_row, scratch, AsItIs{}, y, index, images, L / 2);
     }
     if (p.pool_h == 1 && p.pool_w == 1 && p.PH == p.OH && p.PW == p.OW && !p.average && !index) {  // nothing to pool
+      // whole vectors of a channels-last output go there from the registers
+      if (sizeof(Storage) == sizeof(T) && sizeof(X) == sizeof(T) && p.y.c == 1 && live == V * L) {
+        for (int64_t row = begin; row < end; row++) {
+          const X* from = tile + (row * p.stride_h - top) * layout.row;
+          for (int64_t i = 0, n; i < p.OW; i += n) {
+            n = balanced_rows(p.OW - i, BLOCK_ROWS<V>);
+            const int64_t to = row * p.y.h + i * p.y.w;
+            block_of<V, X>(n)(
+                layout, from + i * step, step, w, taps(p) * L, bias,
+                {reinterpret_cast<T*>(y + to), p.y.w, p.relu, r ? reinterpret_cast<const T*>(r + to) : nullptr});
+          }
+        }
+        return;
+      }
       const auto convolve_row = [&](int64_t row, T* value, int64_t, IntOf<T>*) {
         const X* from = tile + (row * p.stride_h - top) * layout.row;
         for (int64_t i = 0, n; i < p.OW; i += n) {
           n = balanced_rows(p.OW - i, BLOCK_ROWS<V>);
-          block_of<V, X>(n)(layout, from + i * step, step, w, taps(p) * L, bias, value + i * V * L);
+          block_of<V, X>(n)(layout, from + i * step, step, w, taps(p) * L, bias,
+                            {value + i * V * L, V * L, false, nullptr});
         }
       };
       const Rectified<Storage, T> rectified{y, r, p.relu};
@@ -253,7 +293,8 @@ struct Direct {
       const X* from = tile + (row * p.stride_h - top) * layout.row;
       for (int64_t i = 0, n; i < p.OW; i += n) {
         n = balanced_rows(p.OW - i, BLOCK_ROWS<V>);
-        block_of<V, X>(n)(layout, from + i * step, step, w, taps(p) * L, bias, ring[row] + i * V * L);
+        block_of<V, X>(n)(layout, from + i * step, step, w, taps(p) * L, bias,
+                          {ring[row] + i * V * L, V * L, false, nullptr});
       }
     };
     pool_rows<1, Pool>(p, begin, end, V * L, live, convolve, scratch, r, y, index, images, L / 2);
@@ -281,14 +322,19 @@ struct Direct {
     const int64_t top = window_h(p, begin).begin * p.stride_h;
     const int64_t rows = rows_under(p, window_h(p, end - 1).end - window_h(p, begin).begin);
     const int64_t live_images = least(images(p), p.N - n), elements = tile_elements(p);
-    T* tile = static_cast<T*>(scratch);
-    T* rest = tile + elements;
+    T* const loaded = static_cast<T*>(scratch);
+    const T* tile = loaded;
+    T* rest = loaded + elements;
     const Storage* image = static_cast<const Storage*>(x) + n * p.x.n + group * p.C * p.x.c;
-    fill(p, layout, image, top, rows, tile);
+    if (reads_in_place(p)) {
+      tile = reinterpret_cast<const T*>(image + top * p.x.h);
+    } else {
+      fill(p, layout, image, top, rows, loaded);
+    }
     if (images(p) == 2) {
       fill(p, layout, image + (live_images - 1) * p.x.n, top, rows, rest);  // of an odd number the last twice
-      tile = rest + elements, rest = tile + 2 * elements;
-      pair(static_cast<T*>(scratch), static_cast<T*>(scratch) + elements, elements, tile);
+      pair(loaded, rest, elements, rest + elements);
+      tile = rest + elements, rest += 3 * elements;
     }
 
     const T* filters = static_cast<const T*>(packed) + group * group_elements(p);
