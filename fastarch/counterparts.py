@@ -33,7 +33,7 @@ class Counterparts(NamedTuple):
 
 def conv_relu_pool(input, weight, bias, *rest) -> Counterparts:
     geometry = [tuple(v) if isinstance(v, list) else v for v in rest[:9]]
-    scale, residual, relu = (*rest[11:], *(None, None, True)[len(rest[11:]) :])
+    scale, residual, relu = rest[11:] + (None, None, True)[len(rest) - 11 :]  # a dispatcher leaves defaults out
     names = ("stride", "padding", "dilation", "groups", "pool", "pool_size", "pool_stride", "pool_padding", "ceil_mode")
     options = dict(zip(names, geometry))
     if options["pool"] == "none":

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fastarch
 from fastarch import extension, routing
+from fastarch.models.resnet import Projection
 from fastarch.ops import conv_relu_pool
 
 op = importlib.import_module("fastarch.ops.conv_relu_pool")
@@ -313,3 +314,14 @@ def test_fuse_makes_it_of_torchs_and_back():
     x = torch.randn(2, 8, 9, 9)
     torch.testing.assert_close(fused(x), model(x))
     assert [type(layer) for layer in fastarch.unfuse(fused)] == [type(layer) for layer in model]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: fastarch.nn.Conv2d(8, 5, 3), lambda: Projection(8, 5, 1, 2)], ids=["Conv2d", "Projection"]
+)
+def test_explain_compares_it_with_pytorchs(make):
+    with torch.no_grad():
+        (call,) = fastarch.explain(make().eval(), torch.randn(1, 8, 9, 9))
+    assert call.operation == "conv_relu_pool"
+    assert call.ours.seconds > 0
+    assert call.pytorchs.seconds > 0

@@ -237,19 +237,9 @@ class Graph:
                 found.append(ATTENTION)
             elif (relu := self.relu(node)) is not None and (chain := self.ending_in(node, relu)):
                 found.append(chain)
-        for norm in list(self.graph.nodes):
-            if self.layer(norm, *NORMS) and self.makes_images_for(norm):
-                arguments = (
-                    norm.args[0].args[0],
-                    self.module(norm.args[0]),
-                    self.module(norm),
-                    None,
-                    False,
-                    None,
-                    None,
-                )
-                if chain := self.replace([norm.args[0], norm], run_convolution, arguments):
-                    found.append(chain)
+        for node in list(self.graph.nodes):
+            if self.layer(node, *NORMS) and self.makes_images_for(node) and (chain := self.folded(node)):
+                found.append(chain)
         for node in reversed(self.graph.nodes):
             if node.op == "get_attr" and not node.users:  # made for a chain that was none
                 self.graph.erase_node(node)
@@ -288,6 +278,12 @@ class Graph:
         """Whether what a batch norm takes is the output of a Conv2d, which nothing else takes."""
         conv = norm.args[0]
         return len(conv.users) == 1 and self.layer(conv, *CONVOLUTIONS) and not self.layer(norm, nn.BatchNorm1d)
+
+    def folded(self, norm: fx.Node) -> str | None:
+        """Replace a batch norm and the convolution before it, of which no longer chain was made."""
+        conv = norm.args[0]
+        arguments = (conv.args[0], self.module(conv), self.module(norm), None, False, None, None)
+        return self.replace([conv, norm], run_convolution, arguments)
 
     def convolution(self, conv: fx.Node, norm: fx.Node | None, relu: fx.Node, argument: fx.Node | bool) -> str | None:
         pool = window = None

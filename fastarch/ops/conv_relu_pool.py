@@ -405,8 +405,10 @@ def conv_relu_pool(
 
     Kernels serve float32, float64, bfloat16 and float16 on CPUs (C++), all but float64 on CUDA (Triton, CUDA C++), and
     max windows of up to 255 elements, average windows of up to 8. A residual they add on CPUs, in inference (under
-    `torch.no_grad`), in float32 and float64 and without a pool. Everything else, torch.func transforms and derivatives
-    of second order run on the differentiable reference; `fastarch.explain` shows it.
+    `torch.no_grad`), in float32 and float64 and without a pool. A convolution alone, without activation, scale and
+    residual, they serve on CPUs in float32 and float64 with 3x3 filters of stride 1; any other is
+    `torch.nn.functional.conv2d`. Everything else, torch.func transforms and derivatives of second order run on the
+    differentiable reference; `fastarch.explain` shows it.
 
     Sources: Winograd F(2x2, 3x3): Lavin and Gray 2016, arXiv 1509.09308, section 4.1.
     """
