@@ -325,3 +325,21 @@ def test_explain_compares_it_with_pytorchs(make):
     assert call.operation == "conv_relu_pool"
     assert call.ours.seconds > 0
     assert call.pytorchs.seconds > 0
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("filters", [5, 32, 40], ids=lambda n: f"{n}_filters")
+def test_taps_that_are_read_where_they_lie(filters, stride):
+    """1x1 filters over a part of the channels, rows and columns of a channels_last tensor, on integers."""
+    whole = torch.randint(-3, 4, (2, 30, 9, 11)).float().contiguous(memory_format=torch.channels_last)
+    x, w = whole[:, 3:22, 1:8, 2:9], torch.randint(-3, 4, (filters, 19, 1, 1)).float()
+    b, geometry = (
+        torch.randn(filters).round(),
+        op.Geometry((stride,) * 2, (0, 0), (1, 1), 1, "none", *[(1, 1)] * 2, (0, 0), False),
+    )
+    for relu in (False, True):
+        want = op.reference(x, w, b, *geometry, relu=relu)
+        residual = torch.randn_like(want).round().contiguous(memory_format=torch.channels_last)
+        for r in (None, residual):
+            y, _ = op.fwd(x, w, b, *geometry, "direct", False, None, r, relu)
+            assert torch.equal(y, op.reference(x, w, b, *geometry, residual=r, relu=relu))
