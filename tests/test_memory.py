@@ -1,5 +1,6 @@
-"""Large outputs lie on huge pages, in memory that torch did not allocate: they must be tensors like any other."""
+"""Outputs lie in memory that torch did not allocate, large ones on huge pages: they must be tensors like any other."""
 
+import ctypes
 import io
 from concurrent.futures import ThreadPoolExecutor
 
@@ -58,6 +59,20 @@ def test_small_outputs_and_poisoned_memory_are_torchs():
     finally:
         torch.use_deterministic_algorithms(False)
     assert batch_norm(torch.randn(2, 3, 4, 5), None, None, training=True).data_ptr() % HUGE_PAGE
+
+
+def test_smaller_outputs_are_kept_where_malloc_gives_memory_back():
+    resource, libc = pytest.importorskip("resource"), ctypes.CDLL(None)
+    x = torch.randn(64, 32, 14, 14)  # 1.6 MB
+
+    def page_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        batch_norm(x, None, None, training=True)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    page_faults()
+    libc.malloc_trim(0)
+    assert page_faults() < 100  # of some 400 pages
 
 
 def test_the_storage_can_grow_be_shared_and_saved():
