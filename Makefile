@@ -47,7 +47,7 @@ demo: $(READY)
 # Each instruction set that this machine has; the GPU kernels interpreted, in processes of their own. Tests share the
 # cores one by one, but for those that look at the clock or at memory, or take all cores themselves.
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
-ALONE := $(addprefix tests/,test_cli.py test_examples.py test_import.py test_memory.py test_triton_ahead_of_time.py)
+ALONE := $(addprefix tests/,test_import.py test_memory.py test_triton_ahead_of_time.py)
 test: $(READY)
 	$(BIN)/pytest $(ALONE) $(ARGS)
 	$(SIDE_BY_SIDE) tests --ignore tests/interpreted $(addprefix --ignore ,$(ALONE)) $(ARGS)
