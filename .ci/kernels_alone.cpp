@@ -65,20 +65,22 @@ void conv_relu_pool(ElementType type, const char* name) {
       kernel.run(p, x.data(), packed.at, nullptr, y.data(), index.data(), i, scratch.at);
     show(name, algorithm, y);
   }
-  const auto gradient = [&](const ConvReluPool& p, const ConvReluPoolBwdWeight& kernel, const Numbers<T>& dy) {
+  const auto gradients = [&](const ConvReluPool& p, const ConvReluPoolBwdWeight& kernel, const Numbers<T>& dy,
+                             const char* of_weight, const char* of_bias) {
     Numbers<T> dw(w.size()), db(p.K);
     const Memory sums(kernel.sums_bytes(p)), scratch(kernel.scratch_bytes(p));
     for (int64_t i = 0; i < kernel.tasks(p); i++)
       kernel.run(p, x.data(), dy.data(), index.data(), sums.at, i, scratch.at);
     for (int64_t i = 0; i < p.K; i++) kernel.finish(p, sums.at, dw.data(), db.data(), i);
-    show(name, "conv_dw", dw), show(name, "conv_db", db);
+    show(name, of_weight, dw), show(name, of_bias, db);
   };
-  gradient(p, conv_relu_pool_bwd_weight_generic.of[type], dy);
+  gradients(p, conv_relu_pool_bwd_weight_generic.of[type], dy, "conv_dw", "conv_db");
   {
     ConvReluPool q = p;
     q.relu = false, q.PH = q.OH, q.PW = q.OW, q.pool_h = q.pool_w = q.pool_stride_h = q.pool_stride_w = 1;
     q.y = {q.K * q.OH * q.OW, q.OH * q.OW, q.OW, 1};
-    gradient(q, conv_relu_pool_winograd_bwd_weight_generic.of[type], draw<T>(q.N * q.y.n));
+    const auto unpooled_dy = draw<T>(q.N * q.y.n);
+    gradients(q, conv_relu_pool_winograd_bwd_weight_generic.of[type], unpooled_dy, "winograd_dw", "winograd_db");
   }
   const ConvReluPoolBwdInput& kernel = conv_relu_pool_bwd_input_generic.of[type];
   Numbers<T> dx(x.size());
