@@ -100,6 +100,14 @@ def test_memory_is_used_again_and_given_back():
     assert grown < 200 * 1024, f"{grown} KB more after 100 outputs"
 
 
+def test_a_large_output_is_on_huge_pages_whatever_was_kept():
+    def output(size: int) -> torch.Tensor:
+        return batch_norm(torch.randn(1, 1, size), None, None, training=True)
+
+    output((1 << 20) - 1)  # 4 bytes less than 4 MB
+    assert output(1 << 20).data_ptr() % HUGE_PAGE == 0
+
+
 def test_threads_share_what_is_kept():
     x = torch.randn(SIZE)
     want = batch_norm(x, None, None, training=True)

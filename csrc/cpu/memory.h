@@ -96,7 +96,7 @@ class KeptBlocks {
 inline at::Tensor fresh(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options) {
 #if defined(__linux__)
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
-  const bool large = bytes >= KeptBlocks::LARGE;
+  const bool large = bytes > KeptBlocks::LARGE - KeptBlocks::UNIT;  // smaller blocks stay smaller in whole units
   const size_t unit = large ? KeptBlocks::HUGE_PAGE : KeptBlocks::UNIT, whole = (bytes + unit - 1) / unit * unit;
   if (bytes >= KeptBlocks::SMALLEST && !poisons_memory() && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator()) {
     at::Tensor t = at::empty({0}, options);  // whatever can throw comes before the memory that would be lost
