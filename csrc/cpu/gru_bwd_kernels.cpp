@@ -175,8 +175,8 @@ struct Backward {
   FASTARCH_INLINE void products(Range mine, Range units, int64_t t, Columns c, const Take& take) const {
     each_group(are_few(size(mine)) ? 4 : 3, units, [&](int64_t j, int64_t V) {
       alignas(64) T results[STRIP_ROWS * 3 * L];
-      Product<T> o{};
-      o.x = dgates + c.begin, o.segments = 1, o.length = c.count;
+      Product<T> o;
+      o.x = dgates + c.begin, o.length = c.count;
       o.w = w_hh + (j * 3 * stride + c.begin) * L, o.w_step = 3 * stride * L;
       o.init = ZEROS, o.to = results, o.to_step = V * L;
       each_strip(mine, [&](int64_t first, int64_t count) {
@@ -197,7 +197,7 @@ struct Backward {
   void input_gradient(Range mine, Range steps) const {
     each_group(3, {0, input_blocks}, [&](int64_t j, int64_t V) {
       alignas(64) T results[STRIP_ROWS * 3 * L];
-      Product<T> o{};
+      Product<T> o;
       o.x = panels, o.segments = 3 * blocks, o.x_step = panel, o.length = L;
       o.w = w_ih + j * 3 * stride * L, o.w_step = 3 * stride * L;
       o.init = ZEROS, o.to = results, o.to_step = V * L;

@@ -57,8 +57,8 @@ struct Once {
   void multiply_across(const T* operand, const Storage* w, int64_t w_step, int64_t live, int64_t gates, int64_t K,
                        const T* init, T* to, int64_t to_step, T* sums) const {
     T* const weights = sums + 3 * L * width;  // [TILE_ROWS][RUN]
-    Product<T> o{};
-    o.x = weights, o.w_step = K * L, o.segments = 1, o.init_step = o.to_step = width;
+    Product<T> o;
+    o.x = weights, o.w_step = K * L, o.init_step = o.to_step = width;
     for (int64_t i = 0; i < TILE_ROWS; i++) o.at[i] = i * RUN;
     for (int64_t q = 0; q < gates * L; q++)
       for (int64_t v = 0; v < vectors; v++) store(sums + q * width + v * L, splat<T>(init[q]));

@@ -48,9 +48,9 @@ struct Product {
   const T* x;
   int64_t rows, at[STRIP_ROWS];
   const T* w;
-  int64_t w_step, segments, x_step, length;
+  int64_t w_step, segments = 1, x_step = 0, length;
   const T* init;
-  int64_t init_step;
+  int64_t init_step = 0;
   T* to;
   int64_t to_step;
 };
