@@ -1,7 +1,5 @@
-"""Attention, plain and causal, in inference and in training; decoding from a cache of keys and values.
-
-Dropout is not among it: other elements are dropped than torch drops, and nothing is timed whose results differ.
-"""
+"""Attention, plain and causal, in inference and in training, there also with dropout; decoding from a cache of keys
+and values."""
 
 import pytest
 import torch
@@ -18,10 +16,10 @@ class Attend(nn.Module):
 
     def __init__(self, function, workload: Attention):
         super().__init__()
-        self.function, self.options = function, {"is_causal": workload.causal, "dropout_p": workload.dropout}
+        self.function, self.is_causal, self.dropout = function, workload.causal, workload.dropout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.function(q, k, v, **self.options)
+        return self.function(q, k, v, is_causal=self.is_causal, dropout_p=self.dropout if self.training else 0.0)
 
 
 class Decode(nn.Module):
@@ -35,18 +33,23 @@ class TorchDecode(nn.Module):
 
 
 def case(name: str, workload: Attention, device: torch.device, dtype: torch.dtype) -> Case:
-    B, H, Lq, Lk, D, causal, _ = workload
+    B, H, Lq, Lk, D, causal, dropout = workload
     inputs = tuple(torch.randn(B, H, L, D).to(device, dtype) for L in (Lq, Lk, Lk))
     flops = 4.0 * B * H * Lq * Lk * D * (0.5 if causal else 1.0)
     moved = 2 * (inputs[0].nbytes + inputs[1].nbytes)
     ours, reference = (Attend(f, workload) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
-    return Case(name, ours, reference, inputs, flops, moved, in_any_format=False)
+    return Case(name, ours, reference, inputs, flops, moved, in_any_format=False, drops=dropout > 0)
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("name", [name for name, w in ATTENTION.items() if not w.dropout])
 def test_attention(name, mode, compare, device, dtype):
     compare(case(name, ATTENTION[name], device, dtype), mode)
+
+
+@pytest.mark.parametrize("mode", ["training"])
+def test_dropout(mode, compare, device, dtype):
+    compare(case("dropout", ATTENTION["dropout"], device, dtype), mode)
 
 
 @pytest.mark.parametrize("mode", ["inference"])

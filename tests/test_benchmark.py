@@ -1,5 +1,6 @@
 """The machinery of bench/: who is timed, what a record holds, and that a benchmark runs from end to end."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -53,6 +54,19 @@ def test_who_was_asked_for_but_does_not_do_it_is_named(three_peers):
 def test_ours_must_be_right(three_peers):
     with pytest.raises(AssertionError, match="result 0 is off by"):
         harness.providers(case(nn.Linear(4, 3)), "inference", [])
+
+
+def test_dropout_is_timed_and_what_is_under_it_is_checked(three_peers):
+    reference = nn.Sequential(nn.Linear(4, 3), nn.Dropout())
+    inputs = (torch.randn(64, 4),)
+    drops = Case("drops", copy.deepcopy(reference), reference, inputs, 24.0, 100.0, in_any_format=False, drops=True)
+    runs, left_out = harness.providers(drops, "training", [])
+    assert set(left_out) == {"raising", "wrong"}
+    for run in runs.values():
+        assert 0.3 < (run()[0] == 0).float().mean() < 0.7
+    other = drops._replace(ours=nn.Sequential(nn.Linear(4, 3), nn.Dropout()))
+    with pytest.raises(AssertionError, match="result 0 is off by"):
+        harness.providers(other, "training", [])
 
 
 @pytest.mark.parametrize(("error", "is_rounding"), [(1e-6, True), (1e-2, False)])
