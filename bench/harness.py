@@ -50,7 +50,7 @@ class Case(NamedTuple):
     layers: int = 1  # one after another: each amplifies the rounding of those before it
     of_inputs: bool = True  # whether a step wants the gradients of the inputs as well
     in_any_format: bool = True  # the memory format of the inputs is the provider's choice, not the case's
-    drops: bool = False  # elements by chance, each provider others: results are compared in eval mode, where none does
+    drops: bool = False  # elements by chance, and each provider others: results are compared in eval mode
     compiled: bool = False  # whether ours is also timed under torch.compile, where the reference is
     point: Point | None = None
 
